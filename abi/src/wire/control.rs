@@ -1,0 +1,92 @@
+//! The device's control socket: a Unix stream socket; a client writes one [`Request`] a line and gets one [`Reply`]
+//! a line. It is the *referee*: what it counts, the guest cannot fake.
+
+use alloc::string::String;
+use alloc::vec::Vec;
+use serde::{Deserialize, Serialize};
+
+/// What a client asks.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Request {
+    /// Counters of every GPU.
+    Stats,
+    /// Replaces the chaos plan of a GPU (of all, without `gpu`).
+    Chaos {
+        /// Which GPU.
+        #[serde(default)]
+        gpu: Option<u8>,
+        /// The plan.
+        plan: Chaos,
+    },
+    /// Ends the process cleanly.
+    Shutdown,
+}
+
+/// What the device answers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "reply", rename_all = "kebab-case")]
+pub enum Reply {
+    /// To [`Request::Stats`].
+    Stats {
+        /// One entry a GPU, by index.
+        gpus: Vec<GpuStats>,
+    },
+    /// Done.
+    Ok,
+    /// Not done.
+    Error {
+        /// Why.
+        message: String,
+    },
+}
+
+/// Counters of one GPU since the process started. All but `queued` only grow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct GpuStats {
+    /// Descriptors completed, errors included.
+    pub completions: u64,
+    /// Of these, with an error status.
+    pub errors: u64,
+    /// Descriptors published to the device and not completed.
+    pub queued: u64,
+    /// Bytes copied or filled.
+    pub bytes: u64,
+    /// Segments copied: one a copy or fill, one an entry of a scatter list.
+    pub segments: u64,
+    /// Trapped register reads.
+    pub register_reads: u64,
+    /// Trapped register writes, doorbells included.
+    pub register_writes: u64,
+    /// Doorbells rung.
+    pub doorbells: u64,
+    /// Accesses to offsets with no register, writes to read-only ones, and accesses of a wrong width.
+    pub bad_accesses: u64,
+    /// Interrupts raised.
+    pub interrupts: u64,
+    /// Accesses of an engine to a DMA address that is not mapped.
+    pub dma_faults: u64,
+    /// Device and channel resets.
+    pub resets: u64,
+    /// Times that the chaos plan struck.
+    pub chaos: u64,
+}
+
+/// A seeded fault plan; the default does nothing.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Chaos {
+    /// Seed of every choice below.
+    pub seed: u64,
+    /// Break the data of every n-th copied segment silently (0: never): the bench's own check that it would notice.
+    pub corrupt_every: u64,
+    /// End every n-th descriptor with an error fence and do nothing (0: never).
+    pub fail_every: u64,
+    /// Drop every n-th interrupt (0: never).
+    pub drop_interrupt_every: u64,
+    /// Wait this long before each descriptor, in microseconds; threaded mode only.
+    pub latency_us: u64,
+    /// The device is gone: every register reads as all ones, nothing runs.
+    pub dead: bool,
+}

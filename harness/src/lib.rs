@@ -1,0 +1,7 @@
+//! The bench around the GPU and the guest: fetch, build, boot, watch, judge.
+
+pub mod build;
+pub mod cli;
+pub mod commands;
+pub mod judge;
+pub mod vm;
