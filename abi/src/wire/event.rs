@@ -57,6 +57,10 @@ pub enum Event {
     Bound {
         /// Nodes found.
         gpus: u32,
+        /// Where the loaded modules' code is: by module name, the text sections of `/sys/module/NAME/sections/`
+        /// (`.text`, `.text.unlikely`, ...) with their addresses. The host names sampled stack frames by it.
+        #[serde(default)]
+        modules: BTreeMap<String, BTreeMap<String, u64>>,
     },
     /// A scenario begins.
     Start {
