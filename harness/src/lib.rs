@@ -1,4 +1,7 @@
 //! The bench around the GPU and the guest: fetch, build, boot, watch, judge.
+//!
+//! [`cli`] parses the command line and makes the [`commands::Context`]; each module of [`commands`] is one command.
+//! [`build`] gives a bootable image, [`vm`] runs it, [`judge`] says what happened.
 
 pub mod build;
 pub mod cli;

@@ -1,3 +1,7 @@
-//! Placeholder.
+//! The `hmmstorm` command: hands its arguments to [`hmmstorm::cli`] and exits with the code that comes back.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    hmmstorm::cli::main()
+}

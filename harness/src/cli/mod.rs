@@ -1,1 +1,97 @@
-//! Placeholder.
+//! The command line: the tree of commands, global options, exit codes.
+
+mod context;
+mod error;
+mod interrupt;
+mod options;
+
+pub use context::{Context, Verbosity};
+pub use error::{Error, Outcome};
+pub use interrupt::Interrupt;
+pub use options::{Accel, ImageArgs, MachineArgs, Preempt};
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::commands;
+
+/// A GPU-less test bench for Linux device-private memory.
+#[derive(Debug, Parser)]
+#[command(name = "hmmstorm", version, disable_help_subcommand = true, max_term_width = 110)]
+#[command(after_help = "Exit codes: 0 pass, or the verdict that --expect names; 1 a problem was found; 2 usage; \
+                        3 the bench itself failed, which says nothing about the kernel.")]
+pub struct Cli {
+    /// Say only what was asked for, and errors
+    #[arg(long, short, global = true)]
+    quiet: bool,
+    /// Say more; twice for everything
+    #[arg(long, short, global = true, action = clap::ArgAction::Count, conflicts_with = "quiet")]
+    verbose: u8,
+    /// Folder for all that is fetched and built [default: $XDG_CACHE_HOME/hmmstorm or ~/.cache/hmmstorm]
+    #[arg(long, global = true, value_name = "DIR", env = "HMMSTORM_CACHE")]
+    cache: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Say what this host has and lacks, and the command that mends it
+    Doctor(commands::doctor::Args),
+    /// Fetch and verify everything; afterwards nothing needs a network
+    Setup(commands::setup::Args),
+    /// Build kernel, driver, device and guest, and print where the image is
+    Build(commands::build::Args),
+    /// Boot the guest, GPUs bound, and give a shell in it
+    Run(commands::run::Args),
+    /// Storm a kernel and judge what happens
+    Storm(commands::storm::Args),
+    /// Boot the guest under gdb, kernel and driver symbols loaded
+    Gdb(commands::gdb::Args),
+    /// List what there is to choose from
+    List(commands::list::Args),
+}
+
+/// Runs the command that the process was started with.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse(); // exits with 2, and says why, on a wrong command line
+    match run(cli) {
+        Ok(Outcome::Pass) => ExitCode::SUCCESS,
+        Ok(Outcome::Problem) => ExitCode::from(1),
+        Err(error) => {
+            eprint!("{}", error.report());
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<Outcome, Error> {
+    let verbosity = match (cli.quiet, cli.verbose) {
+        (true, _) => Verbosity::Quiet,
+        (false, 0) => Verbosity::Normal,
+        (false, _) => Verbosity::Verbose,
+    };
+    let ctx = Context::new(verbosity, cli.cache)?;
+    match cli.command {
+        Command::Doctor(args) => commands::doctor::run(args, &ctx),
+        Command::Setup(args) => commands::setup::run(args, &ctx),
+        Command::Build(args) => commands::build::run(args, &ctx),
+        Command::Run(args) => commands::run::run(args, &ctx),
+        Command::Storm(args) => commands::storm::run(args, &ctx),
+        Command::Gdb(args) => commands::gdb::run(args, &ctx),
+        Command::List(args) => commands::list::run(args, &ctx),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    /// clap checks its own tree only when asked: doubled names, defaults that do not parse.
+    #[test]
+    fn command_tree_is_sound() {
+        super::Cli::command().debug_assert();
+    }
+}

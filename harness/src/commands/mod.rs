@@ -1,1 +1,9 @@
-//! Placeholder.
+//! One module a command: `Args` is its part of the command line, `run` does it.
+
+pub mod build;
+pub mod doctor;
+pub mod gdb;
+pub mod list;
+pub mod run;
+pub mod setup;
+pub mod storm;

@@ -1,1 +1,5 @@
-//! Placeholder.
+//! Runs a guest: profile, command line, device process, QEMU, QMP, and what comes out of them.
+
+mod size;
+
+pub use size::Size;

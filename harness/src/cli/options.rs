@@ -1,0 +1,106 @@
+//! Options that several commands share: which image to boot, and in which machine.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+
+/// Which kernel, and what is done to it.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Kernel under test")]
+pub struct ImageArgs {
+    /// Kernel of the list (`hmmstorm list kernels`) [default: the reference kernel]
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["tree", "image"])]
+    pub kernel: Option<String>,
+    /// Kernel source tree of your own
+    #[arg(long, value_name = "DIR", conflicts_with = "image")]
+    pub tree: Option<PathBuf>,
+    /// Patch or mbox to apply on top; may be given several times
+    #[arg(long, value_name = "FILE", conflicts_with = "image")]
+    pub mbox: Vec<PathBuf>,
+    /// Fix candidate to apply (`hmmstorm list variants`)
+    #[arg(long, value_name = "NAME", conflicts_with = "image")]
+    pub variant: Option<String>,
+    /// Kind of build (`hmmstorm list flavours`)
+    #[arg(long, value_name = "NAME", conflicts_with = "image")]
+    pub flavour: Option<String>,
+    /// Boot what this image.json describes, and build nothing
+    #[arg(long, value_name = "FILE")]
+    pub image: Option<PathBuf>,
+}
+
+/// Which machine to boot it in.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Machine")]
+pub struct MachineArgs {
+    /// Machine profile (`hmmstorm list profiles`) [default: smoke]
+    #[arg(long, value_name = "NAME")]
+    pub profile: Option<String>,
+    /// What runs the guest's code; auto takes KVM where it was proved to work
+    #[arg(long, value_enum, default_value_t)]
+    pub accel: Accel,
+    /// Number of CPUs [default: the profile's]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub cpus: Option<u32>,
+    /// Guest memory, as 1G or 768M [default: the profile's]
+    #[arg(long, value_name = "SIZE")]
+    pub memory: Option<crate::vm::Size>,
+    /// Number of GPUs; 0 boots without the device [default: the profile's]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=4))]
+    pub gpus: Option<u32>,
+    /// Memory of each GPU, as 256M [default: the profile's]
+    #[arg(long, value_name = "SIZE")]
+    pub vram: Option<crate::vm::Size>,
+    /// Preemption model of the guest kernel [default: the profile's]
+    #[arg(long, value_enum)]
+    pub preempt: Option<Preempt>,
+    /// Same seed, same bytes: instruction-counted time, one host thread, synchronous device
+    #[arg(long)]
+    pub deterministic: bool,
+    /// Further kernel command line; may be given several times
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub append: Vec<String>,
+    /// Fault plan of the device, as KEY=VALUE[,KEY=VALUE]
+    #[arg(long, value_name = "PLAN")]
+    pub chaos: Option<String>,
+    /// Print the device's and QEMU's command lines and run nothing
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// What runs the guest's code.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Accel {
+    /// KVM where `hmmstorm doctor` proved it, else TCG.
+    #[default]
+    Auto,
+    /// KVM, or an error.
+    Kvm,
+    /// QEMU's own translator.
+    Tcg,
+}
+
+/// Preemption model of the guest kernel: `preempt=` of its command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Preempt {
+    /// The kernel yields only where it sleeps or returns to user mode.
+    None,
+    /// And at `might_sleep()`.
+    Voluntary,
+    /// And at the next tick, for ordinary tasks.
+    Lazy,
+    /// Wherever no lock is held.
+    Full,
+}
+
+impl fmt::Display for Preempt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::None => "none",
+            Self::Voluntary => "voluntary",
+            Self::Lazy => "lazy",
+            Self::Full => "full",
+        })
+    }
+}

@@ -1,0 +1,12 @@
+//! `hmmstorm setup`.
+
+use crate::cli::{Context, Error, Outcome};
+
+/// Options of `hmmstorm setup`.
+#[derive(Debug, clap::Args)]
+pub struct Args {}
+
+/// Runs the command.
+pub fn run(_args: Args, _ctx: &Context) -> Result<Outcome, Error> {
+    Err(Error::harness("'setup' is not in this build"))
+}
