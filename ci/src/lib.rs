@@ -102,7 +102,9 @@ fn verdicts(folder: &Path) -> Vec<serde_json::Value> {
 pub fn processes_with(needle: &str) -> Vec<u32> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/proc").expect("proc is mounted").flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+            continue;
+        };
         let Ok(line) = std::fs::read(entry.path().join("cmdline")) else { continue };
         if pid != std::process::id() && String::from_utf8_lossy(&line).contains(needle) {
             found.push(pid);

@@ -1,0 +1,138 @@
+//! When the bench itself breaks: a clear error, exit code 2 or 3, never a verdict about the kernel, nothing left.
+
+use std::io::Read;
+use std::path::Path;
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use hmmstorm_smoke::{code, evidence, hmmstorm, processes_with, text};
+use rustix::process::{Pid, Signal, kill_process};
+
+/// Starts a long storm and returns it with the id of the child process whose command line contains `victim`, once
+/// the guest has said that the storm has begun.
+fn running_storm(folder: &Path, victim: &str) -> (Child, u32) {
+    let child = hmmstorm()
+        .args(["storm", "drain-livelock", "--variant", "wait-on-locked", "--param", "rounds=100000", "--out"])
+        .arg(folder)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("hmmstorm starts");
+    let deadline = Instant::now() + Duration::from_secs(120);
+    loop {
+        let started = find(folder, "events.jsonl").is_some_and(|file| {
+            std::fs::read_to_string(file).unwrap_or_default().contains(r#""event":"progress""#)
+        });
+        if started {
+            let pids = children_of(child.id(), victim);
+            assert_eq!(pids.len(), 1, "one {victim} expected");
+            return (child, pids[0]);
+        }
+        assert!(Instant::now() < deadline, "no progress event within 120 s; see {}", folder.display());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+fn find(folder: &Path, name: &str) -> Option<std::path::PathBuf> {
+    std::fs::read_dir(folder).ok()?.flatten().find_map(|entry| {
+        let path = entry.path();
+        if path.is_dir() { find(&path, name) } else { (entry.file_name() == name).then_some(path) }
+    })
+}
+
+/// Processes below `parent` whose command line contains `needle`.
+fn children_of(parent: u32, needle: &str) -> Vec<u32> {
+    let parent_of = |pid: u32| -> Option<u32> {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()
+    };
+    processes_with(needle).into_iter().filter(|&pid| parent_of(pid) == Some(parent)).collect()
+}
+
+fn signal(pid: u32, signal: Signal) {
+    let pid = Pid::from_raw(i32::try_from(pid).expect("a process id")).expect("not zero");
+    kill_process(pid, signal).expect("signal our own process");
+}
+
+/// Waits until none of `pids` is left.
+fn gone(pids: &[u32]) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while pids.iter().any(|pid| {
+        // A zombie that waits for its reaper runs no more.
+        std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z "))
+    }) {
+        assert!(Instant::now() < deadline, "processes {pids:?} outlive the harness");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+fn family(parent: u32) -> Vec<u32> {
+    let mut all = children_of(parent, "qemu-system");
+    all.extend(children_of(parent, "hmmstorm-device"));
+    assert_eq!(all.len(), 2, "a QEMU and a device expected");
+    all
+}
+
+/// Kills `victim` under a running storm; the harness must say harness-error and end with 3.
+fn killed(name: &str, victim: &str) {
+    let folder = evidence(name);
+    let (child, pid) = running_storm(&folder, victim);
+    let family = family(child.id());
+    signal(pid, Signal::KILL);
+    let output = child.wait_with_output().expect("hmmstorm ends");
+    assert_eq!(code(&output), 3, "{}", text(&output));
+    let verdict = find(&folder, "verdict.json").expect("a verdict.json even so");
+    let verdict = std::fs::read_to_string(verdict).expect("readable");
+    assert!(verdict.contains("harness-error"), "{verdict}");
+    gone(&family);
+}
+
+#[test]
+fn killed_device_is_a_harness_error() {
+    killed("killed-device", "hmmstorm-device");
+}
+
+#[test]
+fn killed_qemu_is_a_harness_error() {
+    killed("killed-qemu", "qemu-system");
+}
+
+#[test]
+fn killed_harness_leaves_nothing_running() {
+    let (mut child, _) = running_storm(&evidence("killed-harness"), "qemu-system");
+    let family = family(child.id());
+    signal(child.id(), Signal::KILL);
+    child.wait().expect("reaped");
+    gone(&family);
+}
+
+#[test]
+fn interrupt_ends_everything() {
+    let (mut child, _) = running_storm(&evidence("interrupted"), "qemu-system");
+    let family = family(child.id());
+    signal(child.id(), Signal::INT);
+    let status = child.wait().expect("reaped");
+    let mut said = String::new();
+    child.stderr.take().expect("piped").read_to_string(&mut said).expect("text");
+    assert!(!status.success(), "an interrupted storm has not passed: {said}");
+    gone(&family);
+}
+
+#[test]
+fn wrong_usage_is_exit_code_two() {
+    for arguments in [
+        &["storm", "no-such-scenario"][..],
+        &["storm", "drain-livelock", "--variant", "no-such-variant"],
+        &["storm", "drain-livelock", "--control", "no-such-control"],
+        &["storm", "drain-livelock", "--param", "rounds=none"],
+        &["storm", "drain-livelock", "--param", "no-such-parameter=1"],
+        &["storm", "drain-livelock", "--expect", "sunshine"],
+        &["storm", "drain-livelock", "--no-such-option"],
+        &["build", "--kernel", "0.0.1"],
+        &["run", "--chaos", "no-such-key=1"],
+    ] {
+        let output = hmmstorm().args(arguments).output().expect("hmmstorm runs");
+        assert_eq!(code(&output), 2, "{arguments:?}: {}", text(&output));
+        assert!(!text(&output).trim().is_empty(), "{arguments:?} fails without a word");
+    }
+}

@@ -1,0 +1,111 @@
+//! The argument in small: the bug shows on the stock kernel, is gone with the cure, is gone when any of its
+//! conditions is, and `pass` means that data was checked. `ci/full-counts` has the counts over many seeds.
+
+use hmmstorm_smoke::Storm;
+
+const STOCK: &[&str] = &["drain-livelock", "--variant", "trylock", "--preempt", "none"];
+
+fn storm(name: &str, arguments: &[&str], more: &[&str]) -> Storm {
+    Storm::run(name, arguments.iter().chain(more))
+}
+
+#[track_caller]
+fn expect(storm: &Storm, verdict: &str, code: i32) {
+    assert_eq!(storm.verdict(), verdict, "{}", storm.output);
+    assert_eq!(storm.code, code, "{}", storm.output);
+}
+
+/// The named cycle must close: the CPU that spins is the CPU that the holder of the folio waits for.
+#[track_caller]
+fn cycle_closes(verdict: &serde_json::Value) {
+    let cycle = &verdict["cycle"];
+    assert!(cycle.is_object(), "no cycle in {verdict:#}");
+    assert!(cycle["spinners"].as_array().is_some_and(|s| !s.is_empty()), "no spinner in {cycle:#}");
+    assert!(cycle["closed"].as_bool() == Some(true), "the cycle does not close: {cycle:#}");
+}
+
+#[test]
+fn stock_kernel_livelocks_in_real_time() {
+    let storm = storm("livelock", STOCK, &["--seed", "1", "--expect", "livelock"]);
+    expect(&storm, "livelock", 0);
+    cycle_closes(&storm.verdicts[0]);
+}
+
+#[test]
+fn unexpected_verdict_is_exit_code_one() {
+    let storm = storm("livelock-unexpected", STOCK, &["--seed", "2", "--deterministic"]);
+    expect(&storm, "livelock", 1);
+}
+
+#[test]
+fn same_seed_gives_the_same_bytes() {
+    let hashes: Vec<_> = (1..=2)
+        .map(|run| {
+            let name = format!("deterministic-{run}");
+            let storm = storm(&name, STOCK, &["--seed", "3", "--deterministic", "--expect", "livelock"]);
+            expect(&storm, "livelock", 0);
+            cycle_closes(&storm.verdicts[0]);
+            let files = &storm.verdicts[0]["files"];
+            let hash = |file: &str| files[file]["sha256"].as_str().map(str::to_owned).expect(file);
+            (hash("console.log"), hash("events.jsonl"))
+        })
+        .collect();
+    assert_eq!(hashes[0], hashes[1], "two runs of one seed differ: target/smoke/deterministic-1 and -2");
+}
+
+#[test]
+fn cure_passes() {
+    let cured = ["drain-livelock", "--variant", "wait-on-locked", "--preempt", "none", "--runs", "2"];
+    let storm = Storm::run("cure", cured);
+    assert_eq!(storm.code, 0, "{}", storm.output);
+    assert_eq!(storm.verdicts.len(), 2);
+    for verdict in &storm.verdicts {
+        assert_eq!(verdict["verdict"], "pass", "{}", storm.output);
+        let faults = verdict["progress"]["faults"].as_u64().expect("progress.faults");
+        assert!(faults >= 5_000, "only {faults} faults resolved: too few to call it a storm");
+    }
+}
+
+/// Runs the stock kernel with one condition of the bug removed.
+fn control(name: &str) {
+    let storm = storm(&format!("control-{name}"), STOCK, &["--control", name]);
+    expect(&storm, "pass", 0);
+}
+
+#[test]
+fn control_device_page_before_system_page() {
+    control("device-before-system");
+}
+
+#[test]
+fn control_mapcount_1() {
+    control("mapcount-1");
+}
+
+#[test]
+fn control_same_owner() {
+    control("same-owner");
+}
+
+#[test]
+fn control_drained_cpu() {
+    control("drained-cpu");
+}
+
+#[test]
+fn control_preempt_full() {
+    let storm = Storm::run("control-preempt-full", ["drain-livelock", "--control", "preempt-full"]);
+    expect(&storm, "pass", 0);
+}
+
+#[test]
+fn broken_copy_is_corruption() {
+    let storm = Storm::run("corruption", ["smoke", "--chaos", "corrupt_every=100", "--expect", "corruption"]);
+    expect(&storm, "corruption", 0);
+}
+
+#[test]
+fn healthy_device_passes_the_same_scenario() {
+    expect(&Storm::run("smoke", ["smoke"]), "pass", 0);
+    expect(&Storm::run("smoke-deterministic", ["smoke", "--deterministic"]), "pass", 0);
+}
