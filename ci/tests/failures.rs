@@ -11,7 +11,7 @@ use rustix::process::{Pid, Signal, kill_process};
 /// Starts a long storm and returns it with the id of the child process whose command line contains `victim`, once
 /// the guest has said that the storm has begun.
 fn running_storm(folder: &Path, victim: &str) -> (Child, u32) {
-    let child = hmmstorm()
+    let mut child = hmmstorm()
         .args(["storm", "drain-livelock", "--variant", "wait-on-locked", "--param", "rounds=100000", "--out"])
         .arg(folder)
         .stdout(Stdio::piped())
@@ -24,11 +24,14 @@ fn running_storm(folder: &Path, victim: &str) -> (Child, u32) {
             std::fs::read_to_string(file).unwrap_or_default().contains(r#""event":"progress""#)
         });
         if started {
-            let pids = children_of(child.id(), victim);
-            assert_eq!(pids.len(), 1, "one {victim} expected");
-            return (child, pids[0]);
+            let pid = children_of(child.id(), victim)[0];
+            return (child, pid);
         }
-        assert!(Instant::now() < deadline, "no progress event within 120 s; see {}", folder.display());
+        if Instant::now() >= deadline {
+            child.kill().expect("kill our own child");
+            let output = child.wait_with_output().expect("reaped");
+            panic!("no progress event within 120 s; see {}:\n{}", folder.display(), text(&output));
+        }
         std::thread::sleep(Duration::from_millis(100));
     }
 }
