@@ -1,38 +1,55 @@
 //! When the bench itself breaks: a clear error, exit code 2 or 3, never a verdict about the kernel, nothing left.
 
-use std::io::Read;
 use std::path::Path;
-use std::process::{Child, Stdio};
+use std::process::{Child, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use hmmstorm_smoke::{code, evidence, hmmstorm, processes_with, text};
 use rustix::process::{Pid, Signal, kill_process};
 
-/// Starts a long storm and returns it with the id of the child process whose command line contains `victim`, once
-/// the guest has said that the storm has begun.
-fn running_storm(folder: &Path, victim: &str) -> (Child, u32) {
-    let mut child = hmmstorm()
-        .args(["storm", "drain-livelock", "--variant", "wait-on-locked", "--param", "rounds=100000", "--out"])
-        .arg(folder)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("hmmstorm starts");
-    let deadline = Instant::now() + Duration::from_secs(120);
-    loop {
-        let started = find(folder, "events.jsonl").is_some_and(|file| {
+/// A running `hmmstorm`, ended with the test that started it.
+struct Harness(Option<Child>);
+
+impl Harness {
+    /// Starts a long storm that keeps its evidence in `folder`, and waits until the guest reports progress.
+    fn storming(folder: &Path) -> Self {
+        let arguments = ["drain-livelock", "--variant", "wait-on-locked", "--param", "rounds=100000"];
+        let child = hmmstorm()
+            .arg("storm")
+            .args(arguments)
+            .arg("--out")
+            .arg(folder)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("hmmstorm starts");
+        let harness = Self(Some(child));
+        let deadline = Instant::now() + Duration::from_secs(120);
+        while !find(folder, "events.jsonl").is_some_and(|file| {
             std::fs::read_to_string(file).unwrap_or_default().contains(r#""event":"progress""#)
-        });
-        if started {
-            let pid = children_of(child.id(), victim)[0];
-            return (child, pid);
+        }) {
+            assert!(Instant::now() < deadline, "no progress within 120 s; see {}", folder.display());
+            std::thread::sleep(Duration::from_millis(100));
         }
-        if Instant::now() >= deadline {
-            child.kill().expect("kill our own child");
-            let output = child.wait_with_output().expect("reaped");
-            panic!("no progress event within 120 s; see {}:\n{}", folder.display(), text(&output));
+        harness
+    }
+
+    fn id(&self) -> u32 {
+        self.0.as_ref().expect("running").id()
+    }
+
+    fn finish(mut self) -> Output {
+        self.0.take().expect("running").wait_with_output().expect("hmmstorm ends")
+    }
+}
+
+impl Drop for Harness {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.0.take() {
+            // It may have ended by itself; then there is nothing to kill.
+            let _ = child.kill();
+            let _ = child.wait();
         }
-        std::thread::sleep(Duration::from_millis(100));
     }
 }
 
@@ -79,10 +96,10 @@ fn family(parent: u32) -> Vec<u32> {
 /// Kills `victim` under a running storm; the harness must say harness-error and end with 3.
 fn killed(name: &str, victim: &str) {
     let folder = evidence(name);
-    let (child, pid) = running_storm(&folder, victim);
-    let family = family(child.id());
-    signal(pid, Signal::KILL);
-    let output = child.wait_with_output().expect("hmmstorm ends");
+    let harness = Harness::storming(&folder);
+    let family = family(harness.id());
+    signal(children_of(harness.id(), victim)[0], Signal::KILL);
+    let output = harness.finish();
     assert_eq!(code(&output), 3, "{}", text(&output));
     let verdict = find(&folder, "verdict.json").expect("a verdict.json even so");
     let verdict = std::fs::read_to_string(verdict).expect("readable");
@@ -102,22 +119,20 @@ fn killed_qemu_is_a_harness_error() {
 
 #[test]
 fn killed_harness_leaves_nothing_running() {
-    let (mut child, _) = running_storm(&evidence("killed-harness"), "qemu-system");
-    let family = family(child.id());
-    signal(child.id(), Signal::KILL);
-    child.wait().expect("reaped");
+    let harness = Harness::storming(&evidence("killed-harness"));
+    let family = family(harness.id());
+    signal(harness.id(), Signal::KILL);
+    drop(harness);
     gone(&family);
 }
 
 #[test]
 fn interrupt_ends_everything() {
-    let (mut child, _) = running_storm(&evidence("interrupted"), "qemu-system");
-    let family = family(child.id());
-    signal(child.id(), Signal::INT);
-    let status = child.wait().expect("reaped");
-    let mut said = String::new();
-    child.stderr.take().expect("piped").read_to_string(&mut said).expect("text");
-    assert!(!status.success(), "an interrupted storm has not passed: {said}");
+    let harness = Harness::storming(&evidence("interrupted"));
+    let family = family(harness.id());
+    signal(harness.id(), Signal::INT);
+    let output = harness.finish();
+    assert_ne!(code(&output), 0, "an interrupted storm has not passed: {}", text(&output));
     gone(&family);
 }
 
