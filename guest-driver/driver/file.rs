@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The device nodes `/dev/hmm_dmirror<n>` and their ioctls, for the GPU of index `n`.
+
+use kernel::{
+    c_str,
+    devres::Devres,
+    fs::File,
+    miscdevice::{
+        MiscDevice,
+        MiscDeviceOptions,
+        MiscDeviceRegistration, //
+    },
+    prelude::*,
+    str::CStr,
+    sync::Arc,
+    ThisModule, //
+};
+
+use crate::{
+    abi::uapi,
+    gpu::{
+        Gpu,
+        Session, //
+    },
+    mirror::Mirror,
+    pagemap::VramPagemap,
+    uapi::Command, //
+};
+
+/// Names of the nodes, by index of the GPU; as many as can address each other as peers.
+const NAMES: [&CStr; 16] = [
+    c_str!("hmm_dmirror0"),
+    c_str!("hmm_dmirror1"),
+    c_str!("hmm_dmirror2"),
+    c_str!("hmm_dmirror3"),
+    c_str!("hmm_dmirror4"),
+    c_str!("hmm_dmirror5"),
+    c_str!("hmm_dmirror6"),
+    c_str!("hmm_dmirror7"),
+    c_str!("hmm_dmirror8"),
+    c_str!("hmm_dmirror9"),
+    c_str!("hmm_dmirror10"),
+    c_str!("hmm_dmirror11"),
+    c_str!("hmm_dmirror12"),
+    c_str!("hmm_dmirror13"),
+    c_str!("hmm_dmirror14"),
+    c_str!("hmm_dmirror15"),
+];
+
+/// What is behind a device node: a GPU and its memory.
+pub(crate) struct Node {
+    gpu: Arc<Gpu>,
+    pagemap: Devres<VramPagemap>,
+}
+
+impl Node {
+    /// Puts the two together.
+    pub(crate) fn new(gpu: Arc<Gpu>, pagemap: Devres<VramPagemap>) -> Result<Arc<Self>> {
+        Ok(Arc::new(Self { gpu, pagemap }, GFP_KERNEL)?)
+    }
+
+    /// Registers `/dev/hmm_dmirror<n>`.
+    ///
+    /// # Errors
+    ///
+    /// `ENODEV` if there is no name for a GPU of this index; errors of the registration, among them `EEXIST` if the name
+    /// is taken.
+    pub(crate) fn register(
+        self: Arc<Self>,
+    ) -> Result<impl PinInit<MiscDeviceRegistration<OpenFile>, Error>> {
+        let name = *NAMES.get(usize::from(self.gpu.index)).ok_or(ENODEV)?;
+
+        Ok(MiscDeviceRegistration::register(
+            MiscDeviceOptions { name },
+            Ok::<_, Error>(self),
+        ))
+    }
+
+    /// For unbinding: ends the use by ioctls and moves every page off the device.
+    pub(crate) fn shut_down(&self) {
+        self.gpu.close();
+
+        let evicted = self
+            .gpu
+            .enter_fault()
+            .and_then(|session| self.pagemap.access(session.device())?.evict_all(&session));
+        if let Err(error) = evicted {
+            pr_err!(
+                "gpu{}: {} pages of VRAM could not be evicted: {:?}\n",
+                self.gpu.index,
+                self.gpu.vram.pages() - self.gpu.vram.free_pages(),
+                error
+            );
+        }
+    }
+}
+
+/// An open file: a mirror of the address space of who opened it.
+pub(crate) struct OpenFile {
+    node: Arc<Node>,
+    mirror: Arc<Mirror>,
+}
+
+#[vtable]
+impl MiscDevice for OpenFile {
+    type Ptr = KBox<Self>;
+    type RegistrationData = Arc<Node>;
+    const OWNER: &'static ThisModule = &crate::THIS_MODULE;
+
+    fn open(_file: &File, misc: &MiscDeviceRegistration<Self>) -> Result<KBox<Self>> {
+        let node = misc.data().clone();
+        let session = node.gpu.enter()?;
+        let mirror = Mirror::open(&node.gpu)?;
+
+        drop(session);
+        Ok(KBox::new(Self { node, mirror }, GFP_KERNEL)?)
+    }
+
+    fn ioctl(this: &Self, _file: &File, cmd: u32, arg: usize) -> Result<isize> {
+        let session = this.node.gpu.enter()?;
+        let pagemap = this.node.pagemap.access(session.device())?;
+
+        match cmd {
+            uapi::HMM_DMIRROR_READ..=uapi::HMM_DMIRROR_FLAGS => {
+                let mut command = uapi::DmirrorCmd::read(arg)?;
+
+                this.dmirror(&session, pagemap, cmd, &mut command)?;
+                command.write(arg)?;
+            }
+            uapi::HSGPU_MIGRATE => {
+                let mut command = uapi::Migrate::read(arg)?;
+
+                // What was done before an error counts, too.
+                let result = this.mirror.migrate(&session, pagemap, &mut command);
+                command.write(arg)?;
+                result?;
+            }
+            uapi::HSGPU_ACCESS => {
+                let mut command = uapi::Access::read(arg)?;
+
+                let result = this.mirror.access(&session, pagemap, &mut command);
+                command.write(arg)?;
+                result?;
+            }
+            uapi::HSGPU_STATS => session.stats_snapshot().write(arg)?,
+            _ => return Err(ENOTTY),
+        }
+        Ok(0)
+    }
+}
+
+impl OpenFile {
+    /// The commands of `lib/test_hmm_uapi.h`, in terms of this driver's own.
+    ///
+    /// # Errors
+    ///
+    /// Those of the command; `ENOTTY` for those that this driver does not know.
+    fn dmirror(
+        &self,
+        session: &Session<'_>,
+        pagemap: &VramPagemap,
+        nr: u32,
+        command: &mut uapi::DmirrorCmd,
+    ) -> Result {
+        match nr {
+            uapi::HMM_DMIRROR_READ => self.dmirror_access(session, pagemap, false, command),
+            uapi::HMM_DMIRROR_WRITE => self.dmirror_access(session, pagemap, true, command),
+            uapi::HMM_DMIRROR_MIGRATE_TO_DEV => {
+                self.dmirror_migrate(session, pagemap, uapi::TO_DEVICE, command)?;
+                // What the device has now, for user space to compare.
+                self.dmirror_access(session, pagemap, false, command)
+            }
+            uapi::HMM_DMIRROR_MIGRATE_TO_SYS => {
+                self.dmirror_migrate(session, pagemap, uapi::TO_SYSTEM, command)
+            }
+            uapi::HMM_DMIRROR_SNAPSHOT => self.mirror.snapshot(session, pagemap, command),
+            uapi::HMM_DMIRROR_RELEASE => pagemap.evict_all(session),
+            _ => Err(ENOTTY),
+        }
+    }
+
+    fn dmirror_access(
+        &self,
+        session: &Session<'_>,
+        pagemap: &VramPagemap,
+        write: bool,
+        command: &mut uapi::DmirrorCmd,
+    ) -> Result {
+        let mut access = uapi::Access {
+            addr: command.addr,
+            ptr: command.ptr,
+            npages: command.npages,
+            write: u32::from(write),
+            owner: uapi::OWNER_OWN,
+            ..Default::default()
+        };
+
+        self.mirror.access(session, pagemap, &mut access)?;
+        command.cpages = access.cpages;
+        // Upstream counts the ioctls that had to fault, not the calls of hmm_range_fault().
+        command.faults = access.faults.min(1);
+        Ok(())
+    }
+
+    fn dmirror_migrate(
+        &self,
+        session: &Session<'_>,
+        pagemap: &VramPagemap,
+        direction: u32,
+        command: &mut uapi::DmirrorCmd,
+    ) -> Result {
+        let mut migrate = uapi::Migrate {
+            addr: command.addr,
+            npages: command.npages,
+            select: if direction == uapi::TO_DEVICE {
+                uapi::SELECT_SYSTEM
+            } else {
+                uapi::SELECT_DEVICE_PRIVATE
+            },
+            owner: uapi::OWNER_OWN,
+            direction,
+            ..Default::default()
+        };
+
+        self.mirror.migrate(session, pagemap, &mut migrate)?;
+        command.cpages = migrate.migrated;
+        Ok(())
+    }
+}

@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Counters of one GPU's driver, read by `HSGPU_STATS` and in debugfs.
+
+use kernel::{
+    fmt,
+    sync::atomic::{
+        Atomic,
+        Relaxed, //
+    }, //
+};
+
+use crate::abi::uapi;
+
+/// An event counter that any context may bump.
+pub(crate) struct Counter(Atomic<u64>);
+
+impl Counter {
+    /// A counter at zero.
+    pub(crate) const fn new() -> Self {
+        Self(Atomic::new(0))
+    }
+
+    /// Counts one event.
+    #[inline]
+    pub(crate) fn inc(&self) {
+        self.add(1);
+    }
+
+    /// Counts `n` events.
+    #[inline]
+    pub(crate) fn add(&self, n: u64) {
+        self.0.add(n, Relaxed);
+    }
+
+    /// Events so far.
+    #[inline]
+    pub(crate) fn get(&self) -> u64 {
+        self.0.load(Relaxed)
+    }
+}
+
+macro_rules! stats {
+    ($( $(#[$doc:meta])* $name:ident, )*) => {
+        /// The counters of one GPU; each only grows. Their meaning is that of the fields of [`uapi::Stats`].
+        pub(crate) struct Stats {
+            $( $(#[$doc])* pub(crate) $name: Counter, )*
+        }
+
+        impl Stats {
+            /// All zero.
+            pub(crate) const fn new() -> Self {
+                Self { $( $name: Counter::new(), )* }
+            }
+
+            /// Copies every counter into the field of its name.
+            pub(crate) fn store(&self, to: &mut uapi::Stats) {
+                $( to.$name = self.$name.get(); )*
+            }
+        }
+
+        impl fmt::Display for Stats {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                $( writeln!(f, "{} {}", stringify!($name), self.$name.get())?; )*
+                Ok(())
+            }
+        }
+    };
+}
+
+stats! {
+    /// CPU faults on device pages that `migrate_to_ram` served.
+    cpu_faults,
+    /// Of these, those that failed.
+    cpu_faults_failed,
+    /// Pages migrated to the device.
+    to_device,
+    /// Pages migrated to system memory, CPU faults included.
+    to_system,
+    /// Pages collected by a migration and then not moved.
+    not_migrated,
+    /// Calls of `hmm_range_fault()`.
+    device_faults,
+    /// Of these, those whose result was stale.
+    device_fault_retries,
+    /// `mmu_interval_notifier` invalidations.
+    invalidations,
+    /// Descriptors submitted.
+    submitted,
+    /// Doorbells that had to be rung.
+    doorbells,
+    /// Fences waited for.
+    fences,
+    /// Fences that ended in an error or timed out.
+    fences_failed,
+    /// Interrupts taken.
+    interrupts,
+}
