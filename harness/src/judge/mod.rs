@@ -7,3 +7,5 @@
 
 pub mod console;
 pub mod stack;
+pub mod sampler;
+pub mod symbols;
