@@ -6,7 +6,6 @@
 //! allocates, touches user memory or waits without an end.
 
 use kernel::{
-    irq,
     prelude::*,
     sync::Arc, //
 };
@@ -23,6 +22,7 @@ use crate::{
         Job, //
     },
     gpu::Session,
+    irq,
     regs::ChannelRegs, //
 };
 
@@ -55,7 +55,7 @@ const ATTEMPTS: usize = 3;
 pub(crate) struct Hardware {
     /// Freed before the channels that the handlers use.
     #[expect(dead_code, reason = "held for its drop")]
-    pub(crate) irqs: KVec<Pin<KBox<irq::Registration<Arc<Channel>>>>>,
+    pub(crate) irqs: KVec<irq::Registration>,
     pub(crate) channels: KVec<Arc<Channel>>,
 }
 

@@ -36,6 +36,7 @@ use kernel::{
     fmt,
     pci,
     prelude::*,
+    sizes::SZ_1M,
     sync::{
         aref::ARef,
         atomic::{
@@ -288,7 +289,7 @@ impl fmt::Display for Gpu {
             f,
             "gpu{}: {} MiB VRAM, {} channels, {}",
             self.identity.index,
-            self.identity.vram_pages * PAGE_SIZE >> 20,
+            self.identity.vram_pages / (SZ_1M / PAGE_SIZE),
             self.identity.channels,
             if self.identity.synchronous {
                 "synchronous"

@@ -32,6 +32,9 @@ impl irq::Handler for Channel {
     }
 }
 
+/// The handler of a channel's vector, requested.
+pub(crate) type Registration = Pin<KBox<irq::Registration<Arc<Channel>>>>;
+
 /// Requests the vector of each of `channels`, which are those from channel 0 on.
 ///
 /// # Errors
@@ -40,7 +43,7 @@ impl irq::Handler for Channel {
 pub(crate) fn request(
     pdev: &pci::Device<Bound>,
     channels: &[Arc<Channel>],
-) -> Result<KVec<Pin<KBox<irq::Registration<Arc<Channel>>>>>> {
+) -> Result<KVec<Registration>> {
     let count = u32::try_from(VECTORS)?;
     let types = pci::IrqTypes::default().with(pci::IrqType::MsiX);
     let vectors = pdev

@@ -120,7 +120,7 @@ impl Chunks {
     fn new(nr_pages: usize) -> Result<Self> {
         let nr_chunks = nr_pages / CHUNK_PAGES;
 
-        if nr_pages == 0 || !nr_pages.is_multiple_of(CHUNK_PAGES) {
+        if nr_pages == 0 || nr_pages % CHUNK_PAGES != 0 {
             return Err(EINVAL);
         }
 
@@ -250,7 +250,7 @@ impl Chunks {
         let index = u32::try_from(page / CHUNK_PAGES)?;
         let chunk = self.chunk(index).ok_or(EINVAL)?;
 
-        if !page.is_multiple_of(CHUNK_PAGES) || chunk.free_pages != 0 {
+        if page % CHUNK_PAGES != 0 || chunk.free_pages != 0 {
             return Err(EINVAL);
         }
         chunk.free = [u64::MAX; WORDS];
