@@ -36,8 +36,9 @@ impl Context {
             Some(dir) => std::path::absolute(&dir)?,
             None => default_cache(|name| env::var_os(name).map(PathBuf::from))?,
         };
-        std::fs::create_dir_all(&cache)
-            .map_err(|e| Error::harness(format!("cannot create the cache folder {}: {e}", cache.display())))?;
+        std::fs::create_dir_all(&cache).map_err(|e| {
+            Error::harness(format!("cannot create the cache folder {}: {e}", cache.display()))
+        })?;
         Ok(Self { verbosity, cache, repo: find_repo()?, interrupt: Interrupt::install()? })
     }
 
@@ -62,7 +63,9 @@ fn default_cache(var: impl Fn(&str) -> Option<PathBuf>) -> Result<PathBuf, Error
         .filter(|dir| dir.is_absolute())
         .or_else(|| var("HOME").map(|home| home.join(".cache")))
         .map(|dir| dir.join("hmmstorm"))
-        .ok_or_else(|| Error::usage("no place for the cache: set HMMSTORM_CACHE, or HOME, or give --cache DIR"))
+        .ok_or_else(|| {
+            Error::usage("no place for the cache: set HMMSTORM_CACHE, or HOME, or give --cache DIR")
+        })
 }
 
 /// The source tree: `$HMMSTORM_ROOT`, else the one around the current folder, else the one around this program, else
@@ -81,7 +84,9 @@ fn find_repo() -> Result<PathBuf, Error> {
         .and_then(around)
         .or_else(|| env::current_exe().ok().and_then(around))
         .or_else(|| around(PathBuf::from(env!("CARGO_MANIFEST_DIR"))))
-        .ok_or_else(|| Error::usage("no hmmstorm source tree here: run this inside one, or set HMMSTORM_ROOT"))
+        .ok_or_else(|| {
+            Error::usage("no hmmstorm source tree here: run this inside one, or set HMMSTORM_ROOT")
+        })
 }
 
 fn is_repo(dir: &Path) -> bool {

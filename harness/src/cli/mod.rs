@@ -20,8 +20,10 @@ use crate::commands;
 /// A GPU-less test bench for Linux device-private memory.
 #[derive(Debug, Parser)]
 #[command(name = "hmmstorm", version, disable_help_subcommand = true, max_term_width = 110)]
-#[command(after_help = "Exit codes: 0 pass, or the verdict that --expect names; 1 a problem was found; 2 usage; \
-                        3 the bench itself failed, which says nothing about the kernel.")]
+#[command(
+    after_help = "Exit codes: 0 pass, or the verdict that --expect names; 1 a problem was found; 2 usage; \
+                        3 the bench itself failed, which says nothing about the kernel."
+)]
 pub struct Cli {
     /// Say only what was asked for, and errors
     #[arg(long, short, global = true)]

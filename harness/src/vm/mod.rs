@@ -1,5 +1,23 @@
-//! Runs a guest: profile, command line, device process, QEMU, QMP, and what comes out of them.
+//! Runs a guest: profile, command lines, device process, QEMU, QMP, and what comes out of them.
+//!
+//! [`Spec`] says what to run, [`command`] turns it into command lines (and nothing else), [`Machine`] runs them in a
+//! run folder and tells what happens, one [`Occurrence`] at a time.
 
+pub mod children;
+pub mod command;
+pub mod device;
+pub mod events;
+pub mod folder;
+pub mod machine;
+pub mod poll;
+pub mod profile;
+pub mod qmp;
 mod size;
+mod sockets;
+pub mod spec;
 
+pub use folder::RunFolder;
+pub use machine::{Boot, End, Error, Machine, Occurrence};
+pub use profile::{Detectors, Profile};
 pub use size::Size;
+pub use spec::{Clock, Console, Engine, Guest, Spec};
