@@ -1,0 +1,258 @@
+//! The progress board: shared memory where workers count what they do, and where a supervisor in another address space
+//! reads it without asking anybody.
+//!
+//! A worker writes its own slot only. Reading takes no lock and makes no system call, so a supervisor reports on workers
+//! that hang in the kernel, whatever locks they hold.
+
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+
+use hmmstorm_abi::wire::event::{Event, Progress};
+use serde::{Deserialize, Serialize};
+
+use crate::oracle::Mismatch;
+use crate::sys::memory::Mapping;
+
+/// Cells of a worker's slot: one page, so that no two workers share one.
+const SLOT: usize = 512;
+
+const BEGUN: usize = 0;
+const COMPLETED: usize = 1;
+const FAULTS: usize = 2;
+const PID: usize = 3;
+const FINDING_STATE: usize = 8;
+const FINDING_LENGTH: usize = 9;
+const FINDING_TEXT: usize = 16;
+const FINDING_BYTES: usize = (SLOT - FINDING_TEXT) * size_of::<u64>();
+
+const NONE: u64 = 0;
+const WRITING: u64 = 1;
+const WRITTEN: u64 = 2;
+
+/// What a worker found out that ends the run.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Finding {
+    /// A page does not hold its stamp.
+    Corruption {
+        /// Its index.
+        page: u64,
+        /// Its stamp.
+        expected: String,
+        /// What it holds, and where that was seen.
+        found: String,
+    },
+    /// The worker cannot go on.
+    Failure(String),
+}
+
+impl Finding {
+    /// The finding for a page that was seen wrong `seen`, e.g. "read by GPU 1".
+    pub(crate) fn corruption(mismatch: &Mismatch, seen: &str) -> Self {
+        Self::Corruption {
+            page: mismatch.expected.page,
+            expected: mismatch.expected.to_string(),
+            found: format!("{mismatch} ({seen})"),
+        }
+    }
+
+    /// The event that tells the host.
+    pub(crate) fn into_event(self, worker: &str) -> Event {
+        match self {
+            Self::Corruption { page, expected, found } => {
+                Event::Corruption { worker: worker.to_owned(), page, expected, found }
+            }
+            Self::Failure(message) => Event::Error { message: format!("{worker}: {message}") },
+        }
+    }
+}
+
+/// The board of one run.
+#[derive(Debug)]
+pub(crate) struct Board {
+    /// Page 0: the round. Then one page a worker.
+    memory: Mapping,
+    workers: usize,
+}
+
+impl Board {
+    /// A board for `workers` workers, all at zero.
+    ///
+    /// # Errors
+    /// Of `mmap`.
+    pub(crate) fn new(workers: usize) -> rustix::io::Result<Self> {
+        let memory: Mapping = Mapping::shared(workers + 1)?;
+        // Every page exists before the run: nobody's first count allocates one at an awkward moment.
+        for page in 0..memory.pages() {
+            memory.page(page)[0].store(0, Relaxed);
+        }
+        Ok(Self { memory, workers })
+    }
+
+    fn round_cell(&self) -> &AtomicU64 {
+        &self.memory.page(0)[0]
+    }
+
+    /// Notes that round `round` begins.
+    pub(crate) fn set_round(&self, round: u64) {
+        self.round_cell().store(round, Relaxed);
+    }
+
+    /// The slot of worker `index`.
+    ///
+    /// # Panics
+    /// If there is no such worker.
+    pub(crate) fn slot(&self, index: usize) -> Slot<'_> {
+        assert!(index < self.workers);
+        Slot(self.memory.page(index + 1))
+    }
+
+    /// Where everything stands.
+    pub(crate) fn progress(&self) -> Progress {
+        let mut progress = Progress { round: self.round_cell().load(Relaxed), ..Progress::default() };
+        for slot in (0..self.workers).map(|i| self.slot(i)) {
+            // Completed first: a worker's begun is never behind it.
+            let completed = slot.0[COMPLETED].load(Acquire);
+            progress.operations += completed;
+            progress.faults += slot.0[FAULTS].load(Relaxed);
+            progress.outstanding += u32::from(slot.begun() > completed);
+            progress.workers.push(completed);
+            progress.pids.push(slot.0[PID].load(Relaxed) as u32);
+        }
+        progress
+    }
+
+    /// Whether a worker has a finding.
+    pub(crate) fn has_finding(&self) -> bool {
+        (0..self.workers).any(|i| self.slot(i).0[FINDING_STATE].load(Acquire) == WRITTEN)
+    }
+
+    /// The findings, by worker index.
+    pub(crate) fn findings(&self) -> impl Iterator<Item = (usize, Finding)> {
+        (0..self.workers).filter_map(|i| Some((i, self.slot(i).finding()?)))
+    }
+}
+
+/// One worker's place on the board.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Slot<'a>(&'a [AtomicU64]);
+
+impl Slot<'_> {
+    /// Notes the task that works here now.
+    pub(crate) fn set_pid(self, pid: u32) {
+        self.0[PID].store(u64::from(pid), Relaxed);
+    }
+
+    /// Notes that an operation begins.
+    pub(crate) fn begin(self) {
+        self.0[BEGUN].store(self.begun() + 1, Release);
+    }
+
+    /// Notes that the operation that began is complete and right, and how many resolved device faults that makes.
+    pub(crate) fn complete(self, faults: u64) {
+        self.0[FAULTS].store(self.0[FAULTS].load(Relaxed) + faults, Relaxed);
+        self.0[COMPLETED].store(self.begun(), Release);
+    }
+
+    /// Operations begun.
+    pub(crate) fn begun(self) -> u64 {
+        self.0[BEGUN].load(Acquire)
+    }
+
+    /// Posts `finding`. The first one stays; a text that does not fit is cut.
+    pub(crate) fn post(self, finding: &Finding) {
+        if self.0[FINDING_STATE].compare_exchange(NONE, WRITING, Acquire, Relaxed).is_err() {
+            return;
+        }
+        let text = to_json(finding);
+        for (cell, chunk) in self.0[FINDING_TEXT..].iter().zip(text.as_bytes().chunks(size_of::<u64>())) {
+            let mut bytes = [0; size_of::<u64>()];
+            bytes[..chunk.len()].copy_from_slice(chunk);
+            cell.store(u64::from_ne_bytes(bytes), Relaxed);
+        }
+        self.0[FINDING_LENGTH].store(text.len() as u64, Relaxed);
+        self.0[FINDING_STATE].store(WRITTEN, Release);
+    }
+
+    fn finding(self) -> Option<Finding> {
+        if self.0[FINDING_STATE].load(Acquire) != WRITTEN {
+            return None;
+        }
+        let length = (self.0[FINDING_LENGTH].load(Relaxed) as usize).min(FINDING_BYTES);
+        let mut bytes: Vec<u8> =
+            self.0[FINDING_TEXT..].iter().flat_map(|cell| cell.load(Relaxed).to_ne_bytes()).collect();
+        bytes.truncate(length);
+        Some(serde_json::from_slice(&bytes).unwrap_or_else(|e| {
+            Finding::Failure(format!(
+                "left a finding that cannot be read ({e}): {}",
+                String::from_utf8_lossy(&bytes)
+            ))
+        }))
+    }
+}
+
+/// The finding as JSON of at most [`FINDING_BYTES`].
+fn to_json(finding: &Finding) -> String {
+    let cut = |text: &str| text.chars().take(FINDING_BYTES / 16).collect::<String>();
+    let encode = |finding: &Finding| serde_json::to_string(finding).unwrap_or_default();
+    let text = encode(finding);
+    if text.len() <= FINDING_BYTES {
+        return text;
+    }
+    encode(&match finding {
+        Finding::Corruption { page, expected, found } => {
+            Finding::Corruption { page: *page, expected: cut(expected), found: cut(found) }
+        }
+        Finding::Failure(message) => Finding::Failure(cut(message)),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_by_worker_and_sums() {
+        let board = Board::new(3).expect("mmap");
+        board.set_round(7);
+        for (worker, faults) in [(0, 0), (2, 1), (2, 0)] {
+            board.slot(worker).begin();
+            board.slot(worker).complete(faults);
+        }
+        board.slot(1).set_pid(99);
+        board.slot(1).begin();
+        let expected = Progress {
+            round: 7,
+            operations: 3,
+            faults: 1,
+            outstanding: 1,
+            workers: vec![1, 0, 2],
+            pids: vec![0, 99, 0],
+        };
+        assert_eq!(board.progress(), expected);
+        board.slot(1).complete(1);
+        assert_eq!(board.progress().outstanding, 0);
+    }
+
+    #[test]
+    fn the_first_finding_of_a_worker_stays() {
+        let board = Board::new(2).expect("mmap");
+        assert!(!board.has_finding());
+        let first = Finding::Failure("ioctl: \"EIO\"\n".to_owned());
+        board.slot(1).post(&first);
+        board.slot(1).post(&Finding::Failure("second".to_owned()));
+        assert!(board.has_finding());
+        assert_eq!(board.findings().collect::<Vec<_>>(), [(1, first)]);
+    }
+
+    #[test]
+    fn long_findings_are_cut_and_stay_readable() {
+        let board = Board::new(1).expect("mmap");
+        board.slot(0).post(&Finding::Corruption {
+            page: 3,
+            expected: "é\"".repeat(4000),
+            found: "x".to_owned(),
+        });
+        let found = board.findings().next().expect("a finding").1;
+        assert!(matches!(found, Finding::Corruption { page: 3, ref found, .. } if found == "x"), "{found:?}");
+    }
+}

@@ -1,0 +1,234 @@
+//! The GPUs' nodes, `/dev/hmm_dmirror<n>`, as typed calls with errors that say what was asked.
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::sync::atomic::Ordering::Relaxed;
+
+use hmmstorm_abi::uapi;
+use rustix::io::Errno;
+use thiserror::Error;
+
+use crate::sys::ioctl;
+use crate::sys::memory::{Mapping, PageSpan};
+
+/// Path of GPU `index`'s node.
+pub(crate) fn node(index: usize) -> String {
+    format!("/dev/hmm_dmirror{index}")
+}
+
+/// Number of GPUs that have a node.
+pub(crate) fn count() -> usize {
+    (0..).take_while(|&index| std::path::Path::new(&node(index)).exists()).count()
+}
+
+/// A call to a GPU that failed.
+#[derive(Debug, Error)]
+pub(crate) enum GpuError {
+    /// The node cannot be opened.
+    #[error(
+        "cannot open {path}: {source}. Is hsgpu.ko loaded, and did it bind that GPU? (dmesg | grep hsgpu)"
+    )]
+    Open {
+        /// The node.
+        path: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// An ioctl came back with an error.
+    #[error("{call} on GPU {gpu}, pages {first}..{end} at {address:#x}: {source}")]
+    Call {
+        /// Its name.
+        call: &'static str,
+        /// The GPU.
+        gpu: usize,
+        /// First page.
+        first: usize,
+        /// Page after the last.
+        end: usize,
+        /// User address of the first page.
+        address: u64,
+        /// Why.
+        source: Errno,
+    },
+    /// The statistics cannot be read.
+    #[error("HSGPU_STATS on GPU {gpu}: {source}")]
+    Stats {
+        /// The GPU.
+        gpu: usize,
+        /// Why.
+        source: Errno,
+    },
+    /// A buffer for a snapshot cannot be had.
+    #[error("no memory for a snapshot: {0}")]
+    Memory(Errno),
+}
+
+/// Whose a device access or a migration is: what `hmm_range_fault()` or `migrate_vma_setup()` gets as owner.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Owner {
+    /// The GPU's own.
+    Own,
+    /// Nobody's: every device-private page is foreign.
+    None,
+}
+
+impl Owner {
+    const fn to_abi(self) -> u32 {
+        match self {
+            Self::Own => uapi::OWNER_OWN,
+            Self::None => uapi::OWNER_NONE,
+        }
+    }
+}
+
+/// An open node. The driver ties it to the address space that opened it: a forked child opens its own.
+#[derive(Debug)]
+pub(crate) struct Gpu {
+    file: File,
+    index: usize,
+}
+
+impl Gpu {
+    /// Opens GPU `index` for this address space.
+    ///
+    /// # Errors
+    /// [`GpuError::Open`].
+    pub(crate) fn open(index: usize) -> Result<Self, GpuError> {
+        let path = node(index);
+        match OpenOptions::new().read(true).write(true).open(&path) {
+            Ok(file) => Ok(Self { file, index }),
+            Err(source) => Err(GpuError::Open { path, source }),
+        }
+    }
+
+    /// Its number.
+    pub(crate) fn index(&self) -> usize {
+        self.index
+    }
+
+    fn call_error(&self, call: &'static str, range: PageSpan<'_>) -> impl FnOnce(Errno) -> GpuError {
+        let (gpu, first, pages, address) = (self.index, range.first(), range.pages(), range.address());
+        move |source| GpuError::Call { call, gpu, first, end: first + pages, address, source }
+    }
+
+    /// Migrates the pages of `range` that are where `select` says to this GPU.
+    ///
+    /// # Errors
+    /// [`GpuError::Call`]. That pages stayed where they were is no error: see `migrated` and [`Gpu::holds`].
+    pub(crate) fn migrate_here(&self, range: PageSpan<'_>, select: u32) -> Result<uapi::Migrate, GpuError> {
+        let request = uapi::Migrate {
+            select,
+            owner: uapi::OWNER_OWN,
+            direction: uapi::TO_DEVICE,
+            ..Default::default()
+        };
+        ioctl::migrate(&self.file, range, request).map_err(self.call_error("HSGPU_MIGRATE", range))
+    }
+
+    /// Has the GPU read `range` into `buffer`.
+    ///
+    /// # Errors
+    /// [`GpuError::Call`].
+    pub(crate) fn read(
+        &self,
+        range: PageSpan<'_>,
+        buffer: &Mapping,
+        owner: Owner,
+    ) -> Result<uapi::Access, GpuError> {
+        let request = uapi::Access { write: 0, owner: owner.to_abi(), ..Default::default() };
+        ioctl::access(&self.file, range, buffer, request)
+            .map_err(self.call_error("HSGPU_ACCESS (read)", range))
+    }
+
+    /// Has the GPU write `buffer` to `range`.
+    ///
+    /// # Errors
+    /// [`GpuError::Call`].
+    pub(crate) fn write(
+        &self,
+        range: PageSpan<'_>,
+        buffer: &Mapping,
+        owner: Owner,
+    ) -> Result<uapi::Access, GpuError> {
+        let request = uapi::Access { write: 1, owner: owner.to_abi(), ..Default::default() };
+        ioctl::access(&self.file, range, buffer, request)
+            .map_err(self.call_error("HSGPU_ACCESS (write)", range))
+    }
+
+    /// How many pages of `range` are in this GPU's memory; faults nothing in.
+    ///
+    /// # Errors
+    /// [`GpuError::Call`], [`GpuError::Memory`].
+    pub(crate) fn holds(&self, range: PageSpan<'_>) -> Result<usize, GpuError> {
+        let buffer = Mapping::private(range.pages().div_ceil(uapi::PAGE_SIZE)).map_err(GpuError::Memory)?;
+        ioctl::snapshot(&self.file, range, &buffer)
+            .map_err(self.call_error("HMM_DMIRROR_SNAPSHOT", range))?;
+        let local = |&byte: &u8| {
+            byte != uapi::HMM_DMIRROR_PROT_ERROR
+                && byte & uapi::HMM_DMIRROR_PROT_DEV_PRIVATE_REMOTE
+                    == uapi::HMM_DMIRROR_PROT_DEV_PRIVATE_LOCAL
+        };
+        let bytes = buffer.cells().iter().flat_map(|cell| cell.load(Relaxed).to_ne_bytes());
+        Ok(bytes.take(range.pages()).filter(local).count())
+    }
+
+    /// The driver's counters.
+    ///
+    /// # Errors
+    /// [`GpuError::Stats`].
+    pub(crate) fn stats(&self) -> Result<uapi::Stats, GpuError> {
+        ioctl::stats(&self.file).map_err(|source| GpuError::Stats { gpu: self.index, source })
+    }
+}
+
+/// The driver's counters of every GPU.
+///
+/// # Errors
+/// Of [`Gpu::open`] and [`Gpu::stats`].
+pub(crate) fn all_stats() -> Result<Vec<uapi::Stats>, GpuError> {
+    (0..count()).map(|index| Gpu::open(index)?.stats()).collect()
+}
+
+/// The counters by name, as events carry them.
+pub(crate) fn named(stats: &uapi::Stats) -> BTreeMap<String, u64> {
+    [
+        ("vram_pages", stats.vram_pages),
+        ("vram_free", stats.vram_free),
+        ("cpu_faults", stats.cpu_faults),
+        ("cpu_faults_failed", stats.cpu_faults_failed),
+        ("to_device", stats.to_device),
+        ("to_system", stats.to_system),
+        ("not_migrated", stats.not_migrated),
+        ("device_faults", stats.device_faults),
+        ("device_fault_retries", stats.device_fault_retries),
+        ("invalidations", stats.invalidations),
+        ("submitted", stats.submitted),
+        ("doorbells", stats.doorbells),
+        ("fences", stats.fences),
+        ("fences_failed", stats.fences_failed),
+        ("interrupts", stats.interrupts),
+        ("flags", stats.flags),
+    ]
+    .into_iter()
+    .map(|(name, value)| (name.to_owned(), value))
+    .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_counter_has_a_name() {
+        let named = named(&uapi::Stats { flags: 1, ..Default::default() });
+        assert_eq!(named.len() * size_of::<u64>(), size_of::<uapi::Stats>());
+        assert_eq!(named["flags"], 1);
+    }
+
+    #[test]
+    fn a_missing_node_says_what_to_look_at() {
+        let error = Gpu::open(4711).expect_err("no such node").to_string();
+        assert!(error.contains("/dev/hmm_dmirror4711") && error.contains("hsgpu.ko"), "{error}");
+    }
+}

@@ -1,0 +1,61 @@
+//! What this guest has.
+
+use std::fs;
+
+use crate::gpu;
+
+/// CPUs and GPUs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Machine {
+    /// CPUs online; they are numbered from 0 without gaps in every hmmstorm guest.
+    pub(crate) cpus: usize,
+    /// GPUs with a node.
+    pub(crate) gpus: usize,
+}
+
+impl Machine {
+    /// Looks.
+    pub(crate) fn detect() -> Self {
+        let online = fs::read_to_string("/sys/devices/system/cpu/online").unwrap_or_default();
+        Self { cpus: count_cpus(&online).max(1), gpus: gpu::count() }
+    }
+}
+
+/// Counts the CPUs of a list like `0-3,6`.
+fn count_cpus(list: &str) -> usize {
+    let count = |range: &str| {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        Some(last.parse::<usize>().ok()? + 1 - first.parse::<usize>().ok()?)
+    };
+    list.trim().split(',').filter_map(count).sum()
+}
+
+/// Pins the calling thread to CPU `cpu`.
+///
+/// # Errors
+/// Of `sched_setaffinity`: `EINVAL` if there is no such CPU.
+pub(crate) fn pin(cpu: usize) -> rustix::io::Result<()> {
+    let mut set = rustix::thread::CpuSet::new();
+    set.set(cpu);
+    rustix::thread::sched_setaffinity(None, &set)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_cpu_lists() {
+        assert_eq!(count_cpus("0\n"), 1);
+        assert_eq!(count_cpus("0-3\n"), 4);
+        assert_eq!(count_cpus("0-1,4,6-7\n"), 5);
+        assert_eq!(count_cpus(""), 0);
+    }
+
+    #[test]
+    fn pins_to_a_cpu() {
+        pin(0).expect("CPU 0 exists");
+        assert_eq!(rustix::thread::sched_getcpu(), 0);
+        assert!(pin(1023).is_err());
+    }
+}

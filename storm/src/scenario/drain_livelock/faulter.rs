@@ -1,0 +1,166 @@
+//! The faulters: device reads of pages that somebody is migrating.
+
+use hmmstorm_abi::uapi::PAGE_SIZE;
+
+use super::{DrainLivelock, FOREIGN, HOLDER, Reader, idle};
+use crate::board::Slot;
+use crate::gpu::{Gpu, Owner};
+use crate::machine::pin;
+use crate::oracle::Stamp;
+use crate::rng::Rng;
+use crate::scenario::WorkError;
+use crate::scenario::gate::{END, Gate};
+use crate::sys::memory::Mapping;
+
+/// What a faulter does at a stage; see [`stage`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Step {
+    /// Get ready for a round.
+    Prepare,
+    /// Read the device pages.
+    Read,
+}
+
+/// The gate's stage for `step` of the crew's `round`-th round. Stage 1 is "has started".
+pub(super) fn stage(round: u64, step: Step) -> u32 {
+    // Rounds of one crew are at most `fork_every`, a million.
+    2 + 2 * round as u32 + u32::from(step == Step::Read)
+}
+
+/// Stage at which a crew has opened its GPUs and touched all memory that it will use.
+pub(super) const STARTED: u32 = 1;
+
+/// One faulter of one crew.
+#[derive(Clone, Debug)]
+pub(super) struct Faulter<'a> {
+    pub(super) scenario: &'a DrainLivelock,
+    pub(super) mapping: &'a Mapping,
+    pub(super) gate: &'a Gate,
+    pub(super) slot: Slot<'a>,
+    /// Its number, from 0.
+    pub(super) number: usize,
+    pub(super) seed: u64,
+    /// Crews before this one.
+    pub(super) crew: u64,
+    /// Generation of the device pages.
+    pub(super) generation: u64,
+    /// For a forked child: what its own copy of the system page holds for good, whatever the parent does with its own.
+    pub(super) system: Option<Stamp>,
+}
+
+impl Faulter<'_> {
+    /// Works until the gate says end.
+    pub(super) fn run(&self) -> Result<(), WorkError> {
+        self.slot.set_pid(rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned());
+        pin(self.scenario.faulter_cpu(self.number))
+            .map_err(WorkError::system("sched_setaffinity of a faulter"))?;
+        let reader = Reading::new(self)?;
+        let mut rng = Rng::new(self.seed, self.crew << 8 | (self.number as u64 + 1));
+        let mut last = 0;
+        loop {
+            last = self.gate.await_stage(last).map_err(WorkError::system("futex wait of a faulter"))?;
+            match last {
+                END => return Ok(()),
+                STARTED => reader.warm_up()?,
+                n if n % 2 == 0 => {
+                    self.check_system_page()?;
+                    reader.prepare()?;
+                }
+                _ => {
+                    idle(rng.up_to(self.scenario.jitter));
+                    reader.read_all()?;
+                }
+            }
+            self.gate.done(self.number, last);
+        }
+    }
+
+    fn check_system_page(&self) -> Result<(), WorkError> {
+        let Some(stamp) = self.system else { return Ok(()) };
+        stamp
+            .check(self.mapping.page(self.scenario.system_page()))
+            .map_err(WorkError::seen("the child's own copy, read by the CPU"))
+    }
+}
+
+/// What a faulter reads with.
+struct Reading<'a> {
+    faulter: &'a Faulter<'a>,
+    gpu: Gpu,
+    owner: Owner,
+    buffer: Mapping,
+    /// One page to put a fresh folio into this CPU's LRU batch with.
+    scratch: Mapping,
+    /// Never touched; see [`Mapping::drain_local_lru`].
+    untouched: Mapping,
+}
+
+impl<'a> Reading<'a> {
+    fn new(faulter: &'a Faulter<'a>) -> Result<Self, WorkError> {
+        let (index, owner) = match faulter.scenario.reader {
+            Reader::Foreign => (FOREIGN, Owner::Own),
+            Reader::Nobody => (HOLDER, Owner::None),
+            Reader::Own => (HOLDER, Owner::Own),
+        };
+        let page = || Mapping::private(1).map_err(WorkError::system("mmap of a faulter's page"));
+        Ok(Self {
+            faulter,
+            gpu: Gpu::open(index)?,
+            owner,
+            buffer: page()?,
+            scratch: page()?,
+            untouched: page()?,
+        })
+    }
+
+    /// One read of an ordinary page, checked: whatever the path needs for the first time, it gets here and not in a round.
+    fn warm_up(&self) -> Result<(), WorkError> {
+        let stamp = Stamp { seed: self.faulter.seed, page: u64::MAX, generation: 1 };
+        stamp.write(self.scratch.page(0));
+        let span =
+            self.scratch.span(0..1).ok_or_else(|| WorkError::Condition("no scratch page".to_owned()))?;
+        self.gpu.read(span, &self.buffer, self.owner)?;
+        stamp.check(self.buffer.page(0)).map_err(WorkError::seen(format!(
+            "a faulter's own page of {PAGE_SIZE} bytes, read by GPU {}",
+            self.gpu.index()
+        )))?;
+        self.drain()
+    }
+
+    fn drain(&self) -> Result<(), WorkError> {
+        self.untouched
+            .drain_local_lru()
+            .map_err(WorkError::system("madvise(MADV_COLD), to drain the LRU batches"))
+    }
+
+    /// Gives this CPU a folio to drain, or makes sure that it has none.
+    fn prepare(&self) -> Result<(), WorkError> {
+        if self.faulter.scenario.drained {
+            return self.drain();
+        }
+        self.scratch
+            .discard(0..1)
+            .map_err(WorkError::system("madvise(MADV_DONTNEED) of the scratch page"))?;
+        Stamp { seed: self.faulter.seed, page: u64::MAX, generation: 2 }.write(self.scratch.page(0));
+        Ok(())
+    }
+
+    fn read_all(&self) -> Result<(), WorkError> {
+        let Faulter { scenario, mapping, slot, seed, generation, .. } = self.faulter;
+        for page in (0..scenario.device_pages().len()).map(|i| scenario.nth_read(i)) {
+            let span = mapping
+                .span(page..page + 1)
+                .ok_or_else(|| WorkError::Condition(format!("no page {page}")))?;
+            if scenario.drained {
+                self.drain()?;
+            }
+            slot.begin();
+            let access = self.gpu.read(span, &self.buffer, self.owner)?;
+            Stamp { seed: *seed, page: page as u64, generation: *generation }
+                .check(self.buffer.page(0))
+                .map_err(WorkError::seen(format!("read by GPU {}", self.gpu.index())))?;
+            slot.complete(u64::from(access.faults > 0));
+        }
+        Ok(())
+    }
+}

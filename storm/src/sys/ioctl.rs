@@ -1,0 +1,93 @@
+//! The ioctls of `/dev/hmm_dmirror*`, one function each. Addresses in their arguments are those of [`Mapping`]s.
+//!
+//! [`Mapping`]: super::memory::Mapping
+
+#![expect(
+    unsafe_code,
+    reason = "ioctl(2) is as unsafe as its command; each wrapper names the structure it passes"
+)]
+
+use std::os::fd::AsFd;
+
+use hmmstorm_abi::uapi;
+use rustix::io;
+use rustix::ioctl::{Opcode, Updater, ioctl};
+
+use super::memory::{Mapping, PageSpan};
+
+/// Passes `value` with command `OPCODE`.
+///
+/// # Safety
+/// `OPCODE` must take a `T` that it reads and writes, and every user address in `value` that the kernel or the device
+/// stores through must belong to a [`Mapping`], whose memory is only ever seen as atomics.
+unsafe fn update<const OPCODE: Opcode, T>(fd: impl AsFd, value: &mut T) -> io::Result<()> {
+    // SAFETY: the caller vouches for the pairing of opcode and type.
+    let call = unsafe { Updater::<OPCODE, T>::new(value) };
+    // SAFETY: as above; `value` lives across the call.
+    unsafe { ioctl(fd, call) }
+}
+
+/// [`uapi::HSGPU_MIGRATE`] over `range`.
+///
+/// # Errors
+/// What the driver answers.
+pub(crate) fn migrate(
+    fd: impl AsFd,
+    range: PageSpan<'_>,
+    request: uapi::Migrate,
+) -> io::Result<uapi::Migrate> {
+    let mut request = uapi::Migrate { addr: range.address(), npages: range.pages() as u64, ..request };
+    // SAFETY: HSGPU_MIGRATE takes a `Migrate`; migration moves the pages of a `Mapping` and keeps their contents.
+    unsafe { update::<{ uapi::HSGPU_MIGRATE }, _>(fd, &mut request) }?;
+    Ok(request)
+}
+
+/// [`uapi::HSGPU_ACCESS`]: the device reads `range` into `buffer`, or (`request.write`) writes `buffer` to `range`.
+///
+/// # Errors
+/// `EINVAL` for a buffer shorter than the range; else what the driver answers.
+pub(crate) fn access(
+    fd: impl AsFd,
+    range: PageSpan<'_>,
+    buffer: &Mapping,
+    request: uapi::Access,
+) -> io::Result<uapi::Access> {
+    let buffer = buffer.span(0..range.pages()).ok_or(io::Errno::INVAL)?;
+    let mut request = uapi::Access {
+        addr: range.address(),
+        ptr: buffer.address(),
+        npages: range.pages() as u64,
+        ..request
+    };
+    // SAFETY: HSGPU_ACCESS takes an `Access`; it stores into `range` or `buffer`, both in mappings and long enough.
+    unsafe { update::<{ uapi::HSGPU_ACCESS }, _>(fd, &mut request) }?;
+    Ok(request)
+}
+
+/// [`uapi::HMM_DMIRROR_SNAPSHOT`]: one protection byte a page of `range` into `buffer`.
+///
+/// # Errors
+/// `EINVAL` for a buffer that is too short; else what the driver answers.
+pub(crate) fn snapshot(fd: impl AsFd, range: PageSpan<'_>, buffer: &Mapping) -> io::Result<()> {
+    let needed = range.pages().div_ceil(uapi::PAGE_SIZE);
+    let buffer = buffer.span(0..needed).ok_or(io::Errno::INVAL)?;
+    let mut request = uapi::DmirrorCmd {
+        addr: range.address(),
+        ptr: buffer.address(),
+        npages: range.pages() as u64,
+        ..Default::default()
+    };
+    // SAFETY: HMM_DMIRROR_SNAPSHOT takes a `DmirrorCmd`; it stores one byte a page into `buffer`, which holds that many.
+    unsafe { update::<{ uapi::HMM_DMIRROR_SNAPSHOT }, _>(fd, &mut request) }
+}
+
+/// [`uapi::HSGPU_STATS`].
+///
+/// # Errors
+/// What the driver answers.
+pub(crate) fn stats(fd: impl AsFd) -> io::Result<uapi::Stats> {
+    let mut stats = uapi::Stats::default();
+    // SAFETY: HSGPU_STATS takes a `Stats` and no address.
+    unsafe { update::<{ uapi::HSGPU_STATS }, _>(fd, &mut stats) }?;
+    Ok(stats)
+}

@@ -1,0 +1,211 @@
+//! Anonymous memory that devices, other processes and the kernel change behind our back.
+
+#![expect(
+    unsafe_code,
+    reason = "owns memory mappings; what it hands out are atomics, which anyone may change"
+)]
+
+use std::marker::PhantomData;
+use std::ops::Range;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU32, AtomicU64};
+
+use hmmstorm_abi::uapi::PAGE_SIZE;
+use rustix::io;
+use rustix::mm::{self, Advice, MapFlags, MprotectFlags, ProtFlags};
+
+/// An atomic integer that a [`Mapping`] consists of.
+///
+/// # Safety
+/// All bit patterns, zeros included, are values of it; its size divides that of a page.
+pub(crate) unsafe trait Cell {}
+// SAFETY: an atomic integer of 4 bytes.
+unsafe impl Cell for AtomicU32 {}
+// SAFETY: an atomic integer of 8 bytes.
+unsafe impl Cell for AtomicU64 {}
+
+/// Whole pages of zero-filled anonymous memory, seen as atomics only, in a VMA of its own (an inaccessible guard page
+/// stands on each side, so the kernel never merges it with a neighbour). Unmapped on drop.
+#[derive(Debug)]
+pub(crate) struct Mapping<C: Cell = AtomicU64> {
+    base: NonNull<C>,
+    pages: usize,
+    cells: PhantomData<C>,
+}
+
+// SAFETY: the memory belongs to the value and is reachable as atomics only.
+unsafe impl<C: Cell> Send for Mapping<C> {}
+// SAFETY: as above.
+unsafe impl<C: Cell> Sync for Mapping<C> {}
+
+/// Some pages of a [`Mapping`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PageSpan<'a> {
+    mapping: &'a Mapping,
+    first: usize,
+    pages: usize,
+}
+
+impl PageSpan<'_> {
+    /// User address of the first page.
+    pub(crate) fn address(&self) -> u64 {
+        self.mapping.address(self.first)
+    }
+    /// Number of pages, at least one.
+    pub(crate) fn pages(&self) -> usize {
+        self.pages
+    }
+    /// Index of the first page in the mapping.
+    pub(crate) fn first(&self) -> usize {
+        self.first
+    }
+}
+
+impl<C: Cell> Mapping<C> {
+    const CELLS_PER_PAGE: usize = PAGE_SIZE / size_of::<C>();
+
+    /// `pages` private pages with transparent huge pages off over the whole VMA. Children get copies on write.
+    ///
+    /// # Errors
+    /// Of `mmap`, `mprotect`, `madvise`.
+    pub(crate) fn private(pages: usize) -> io::Result<Self> {
+        let mapping = Self::new(pages, MapFlags::PRIVATE)?;
+        // SAFETY: the advice covers our own pages and does not change their contents.
+        match unsafe { mm::madvise(mapping.base.as_ptr().cast(), pages * PAGE_SIZE, Advice::LinuxNoHugepage) }
+        {
+            // EINVAL: a kernel without transparent huge pages.
+            Ok(()) | Err(io::Errno::INVAL) => Ok(mapping),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// `pages` pages that children share.
+    ///
+    /// # Errors
+    /// Of `mmap`, `mprotect`.
+    pub(crate) fn shared(pages: usize) -> io::Result<Self> {
+        Self::new(pages, MapFlags::SHARED)
+    }
+
+    fn new(pages: usize, sharing: MapFlags) -> io::Result<Self> {
+        let length = pages * PAGE_SIZE;
+        // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
+        let outer = unsafe {
+            mm::mmap_anonymous(std::ptr::null_mut(), length + 2 * PAGE_SIZE, ProtFlags::empty(), sharing)
+        }?;
+        let inner = outer.wrapping_byte_add(PAGE_SIZE);
+        // SAFETY: the range lies in the mapping made above, which nothing else knows yet.
+        if let Err(e) = unsafe { mm::mprotect(inner, length, MprotectFlags::READ | MprotectFlags::WRITE) } {
+            // SAFETY: as above.
+            let _unmapped = unsafe { mm::munmap(outer, length + 2 * PAGE_SIZE) };
+            return Err(e);
+        }
+        let base = NonNull::new(inner.cast()).ok_or(io::Errno::FAULT)?;
+        Ok(Self { base, pages, cells: PhantomData })
+    }
+
+    /// Number of pages.
+    pub(crate) fn pages(&self) -> usize {
+        self.pages
+    }
+
+    /// User address of page `page`.
+    pub(crate) fn address(&self, page: usize) -> u64 {
+        self.base.as_ptr().addr() as u64 + (page * PAGE_SIZE) as u64
+    }
+
+    /// All of it.
+    pub(crate) fn cells(&self) -> &[C] {
+        // SAFETY: the mapping holds this many cells, zeroed at first, for as long as `self` lives; cells are atomics, so
+        // changes by others are allowed.
+        unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.pages * Self::CELLS_PER_PAGE) }
+    }
+
+    /// The cells of page `page`.
+    ///
+    /// # Panics
+    /// If there is no such page.
+    pub(crate) fn page(&self, page: usize) -> &[C] {
+        &self.cells()[page * Self::CELLS_PER_PAGE..(page + 1) * Self::CELLS_PER_PAGE]
+    }
+
+    fn advise(&self, pages: Range<usize>, advice: Advice) -> io::Result<()> {
+        if pages.start >= pages.end || pages.end > self.pages {
+            return Err(io::Errno::INVAL);
+        }
+        let start = self.page(pages.start).as_ptr().cast_mut().cast();
+        // SAFETY: the range is ours; the advices used here at most set atomics to zero.
+        unsafe { mm::madvise(start, pages.len() * PAGE_SIZE, advice) }
+    }
+
+    /// Gives the pages back: the next touch finds a fresh zeroed folio (`MADV_DONTNEED`).
+    ///
+    /// # Errors
+    /// Of `madvise`; `EINVAL` for an empty range or one outside.
+    pub(crate) fn discard(&self, pages: Range<usize>) -> io::Result<()> {
+        self.advise(pages, Advice::LinuxDontNeed)
+    }
+
+    /// Empties the LRU batches of the CPU that this runs on: `MADV_COLD` begins with `lru_add_drain()`
+    /// (mm/madvise.c, `madvise_cold()`). To be called on a mapping whose pages were never touched, where it does no more.
+    ///
+    /// # Errors
+    /// Of `madvise`.
+    pub(crate) fn drain_local_lru(&self) -> io::Result<()> {
+        self.advise(0..self.pages, Advice::LinuxCold)
+    }
+}
+
+impl Mapping {
+    /// The pages `pages`; `None` if they are not all in the mapping, or none.
+    pub(crate) fn span(&self, pages: Range<usize>) -> Option<PageSpan<'_>> {
+        (pages.start < pages.end && pages.end <= self.pages).then(|| PageSpan {
+            mapping: self,
+            first: pages.start,
+            pages: pages.len(),
+        })
+    }
+}
+
+impl<C: Cell> Drop for Mapping<C> {
+    fn drop(&mut self) {
+        let outer = self.base.as_ptr().wrapping_byte_sub(PAGE_SIZE);
+        // SAFETY: this is the range that `new` mapped; the borrow checker saw every slice of it die.
+        let unmapped = unsafe { mm::munmap(outer.cast(), (self.pages + 2) * PAGE_SIZE) };
+        debug_assert!(unmapped.is_ok());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::Ordering::Relaxed;
+
+    use super::*;
+
+    #[test]
+    fn discarded_pages_are_zero_and_others_keep_their_contents() {
+        let mapping: Mapping = Mapping::private(3).expect("mmap");
+        for page in 0..3 {
+            mapping.page(page)[7].store(page as u64 + 1, Relaxed);
+        }
+        mapping.discard(1..2).expect("madvise");
+        assert_eq!(mapping.page(0)[7].load(Relaxed), 1);
+        assert_eq!(mapping.page(1)[7].load(Relaxed), 0);
+        assert_eq!(mapping.page(2)[7].load(Relaxed), 3);
+        assert!(mapping.discard(2..4).is_err());
+        assert!(mapping.span(2..2).is_none());
+        assert!(mapping.span(2..4).is_none());
+        assert_eq!(mapping.span(1..3).map(|s| s.address()), Some(mapping.address(1)));
+    }
+
+    #[test]
+    fn a_private_mapping_is_one_vma_between_guards() {
+        let mapping: Mapping = Mapping::private(5).expect("mmap");
+        let other: Mapping = Mapping::private(5).expect("mmap");
+        let maps = std::fs::read_to_string("/proc/self/maps").expect("maps");
+        for m in [&mapping, &other] {
+            let vma = format!("{:x}-{:x} rw-p", m.address(0), m.address(5));
+            assert!(maps.contains(&vma), "no VMA {vma} in:\n{maps}");
+        }
+    }
+}

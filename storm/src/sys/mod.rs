@@ -1,0 +1,6 @@
+//! The system calls that `rustix` does not offer in safe form. All of the storm's unsafe code is in this folder, behind
+//! safe functions.
+
+pub(crate) mod ioctl;
+pub(crate) mod memory;
+pub(crate) mod process;
