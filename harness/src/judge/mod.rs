@@ -9,3 +9,4 @@ pub mod console;
 pub mod stack;
 pub mod sampler;
 pub mod symbols;
+pub mod verdict;
