@@ -31,6 +31,7 @@ use kernel::{
     new_mutex,
     new_spinlock,
     prelude::*,
+    processor::cpu_relax,
     sync::{
         aref::ARef,
         atomic::{
@@ -52,7 +53,10 @@ use kernel::{
     },
     time::{
         msecs_to_jiffies,
-        Jiffies, //
+        Delta,
+        Instant,
+        Jiffies,
+        Monotonic, //
     }, //
 };
 
@@ -95,6 +99,8 @@ const _: () = {
 
 /// How often a waiter looks at its fence without an interrupt, in milliseconds.
 const STEP_MS: u32 = 100;
+/// For how long a waiter looks at its fence before it sleeps.
+const SPIN: Delta = Delta::from_micros(50);
 /// After how many steps a job has failed: 10 s, which is less than the kernel's hung-task limit.
 const LIMIT: u32 = 100;
 /// Log lines about failed jobs of one GPU.
@@ -334,6 +340,11 @@ impl Channel {
         let step: Jiffies = msecs_to_jiffies(STEP_MS);
         let mut steps = 0;
 
+        // A short job is over before a sleep would have begun.
+        let start = Instant::<Monotonic>::now();
+        while self.fences.poll(index, value).is_none() && start.elapsed() < SPIN {
+            cpu_relax();
+        }
         loop {
             if let Some(status) = self.fences.poll(index, value) {
                 self.disarm(slot, value);
