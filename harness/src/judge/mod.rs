@@ -10,3 +10,5 @@ pub mod stack;
 pub mod sampler;
 pub mod symbols;
 pub mod verdict;
+pub mod cycle;
+pub mod statistics;

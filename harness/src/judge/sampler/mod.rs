@@ -3,6 +3,7 @@
 //! A sample is mode, instruction pointer and (in kernel mode) the stack of a CPU. Nothing is injected into the guest and
 //! nothing waits for it, so sampling leaves a deterministic guest's schedule alone.
 
+pub mod registers;
 mod tree;
 mod walk;
 

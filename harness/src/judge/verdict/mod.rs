@@ -231,7 +231,7 @@ impl Judge {
             return None;
         }
         let since = |moment: &state::Moment| Duration::from_nanos(state.now.guest.saturating_sub(moment.guest));
-        let (worker, longest) = state.worker_progress.iter().map(since).enumerate().max_by_key(|&(_, time)| time)?;
+        let (worker, longest) = state.worker_progress.iter().map(since).enumerate().rev().max_by_key(|&(_, time)| time)?;
         if longest < limit {
             return None;
         }

@@ -227,12 +227,24 @@ fn a_silent_detector_is_waited_for_only_so_long() {
 fn each_missing_part_denies_a_livelock() {
     type Step = fn(&mut Run);
     let cases: [(&str, Step); 6] = [
-        ("no detector", |run| drop(run.samples(&livelocked_cpus()))),
-        ("detector of an idle task alone", |run| drop(run.samples(&livelocked_cpus()).soft_lockup(1, 0, "swapper/1", "default_idle"))),
-        ("detector of another CPU", |run| drop(run.samples(&[idle(0), spinning(1), idle(2), idle(3)]).workqueue_lockup(2))),
-        ("detector of another place", |run| drop(run.samples(&[idle(0), spinning(1), idle(2), idle(3)]).soft_lockup(1, 9, "x", "vmstat_update"))),
-        ("CPUs in many places", |run| drop(run.samples(&[busy(0), busy(1), busy(2), busy(3)]).soft_lockup(1, 54, "faulter", "hmm_range_fault"))),
-        ("no samples", |run| drop(run.samples(&[]).soft_lockup(1, 54, "faulter", "hmm_range_fault"))),
+        ("no detector", |run| {
+            run.samples(&livelocked_cpus());
+        }),
+        ("detector of an idle task alone", |run| {
+            run.samples(&livelocked_cpus()).soft_lockup(1, 0, "swapper/1", "default_idle");
+        }),
+        ("detector of another CPU", |run| {
+            run.samples(&[idle(0), spinning(1), idle(2), idle(3)]).workqueue_lockup(2);
+        }),
+        ("detector of another place", |run| {
+            run.samples(&[idle(0), spinning(1), idle(2), idle(3)]).soft_lockup(1, 9, "x", "vmstat_update");
+        }),
+        ("CPUs in many places", |run| {
+            run.samples(&[busy(0), busy(1), busy(2), busy(3)]).soft_lockup(1, 54, "faulter", "hmm_range_fault");
+        }),
+        ("no samples", |run| {
+            run.samples(&[]).soft_lockup(1, 54, "faulter", "hmm_range_fault");
+        }),
     ];
     for (name, step) in cases {
         let mut run = Run::new(limits());
