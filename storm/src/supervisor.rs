@@ -8,7 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
 use hmmstorm_abi::wire::event::Event;
-use rustix::process::{Pid, Signal, WaitOptions, WaitStatus, waitpid};
+use rustix::process::{Pid, Signal, WaitOptions, WaitStatus, wait};
 use thiserror::Error;
 
 use crate::accounting::Baseline;
@@ -151,7 +151,8 @@ pub(crate) fn supervise(
 /// Reaps whatever has ended; the status of `runner` if it has.
 fn reap(runner: Pid) -> Option<WaitStatus> {
     let mut ended = None;
-    while let Ok(Some((pid, status))) = waitpid(None, WaitOptions::NOHANG) {
+    // Not waitpid(None), which is about this process group only.
+    while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
         if pid == runner {
             ended = Some(status);
         }

@@ -6,7 +6,7 @@ use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use rustix::process::{Pid, Signal, WaitOptions, ioctl_tiocsctty, setsid, waitpid};
+use rustix::process::{Pid, Signal, WaitOptions, ioctl_tiocsctty, setsid, wait};
 use thiserror::Error;
 
 use crate::cli::preempt_model;
@@ -69,7 +69,8 @@ pub(crate) fn run(kernel: &str) -> Result<(), ShellError> {
 /// Reaps whatever has ended; whether `shell` has.
 fn reap(shell: Pid) -> bool {
     let mut ended = false;
-    while let Ok(Some((pid, _))) = waitpid(None, WaitOptions::NOHANG) {
+    // Not waitpid(None), which is about this process group only: the shell has its own.
+    while let Ok(Some((pid, _))) = wait(WaitOptions::NOHANG) {
         ended |= pid == shell;
     }
     ended
