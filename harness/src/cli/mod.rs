@@ -16,6 +16,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::commands;
+use crate::vm::{accel, kvm};
 
 /// A GPU-less test bench for Linux device-private memory.
 #[derive(Debug, Parser)]
@@ -54,6 +55,9 @@ enum Command {
     Gdb(commands::gdb::Args),
     /// List what there is to choose from
     List(commands::list::Args),
+    /// Run 64-bit code in a KVM guest: exit code 0 if it works
+    #[command(name = accel::PROBE_COMMAND, hide = true)]
+    KvmProbe,
 }
 
 /// Runs the command that the process was started with.
@@ -75,15 +79,45 @@ fn run(cli: Cli) -> Result<Outcome, Error> {
         (false, 0) => Verbosity::Normal,
         (false, _) => Verbosity::Verbose,
     };
+    if matches!(cli.command, Command::KvmProbe) {
+        return Ok(kvm_probe());
+    }
     let ctx = Context::new(verbosity, cli.cache)?;
-    match cli.command {
-        Command::Doctor(args) => commands::doctor::run(args, &ctx),
-        Command::Setup(args) => commands::setup::run(args, &ctx),
-        Command::Build(args) => commands::build::run(args, &ctx),
-        Command::Run(args) => commands::run::run(args, &ctx),
-        Command::Storm(args) => commands::storm::run(args, &ctx),
-        Command::Gdb(args) => commands::gdb::run(args, &ctx),
-        Command::List(args) => commands::list::run(args, &ctx),
+    let result = dispatch(cli.command, &ctx);
+    match result {
+        // What breaks when everything is being ended is of no interest.
+        Err(error @ Error::Harness(_)) if ctx.interrupt.is_raised() => {
+            ctx.detail(error.report());
+            Err(Error::Interrupted)
+        }
+        result => result,
+    }
+}
+
+/// For [`accel::prove`], which reads the exit code and the line.
+fn kvm_probe() -> Outcome {
+    match kvm::prove() {
+        Ok(()) => {
+            println!("64-bit guest code ran");
+            Outcome::Pass
+        }
+        Err(error) => {
+            println!("{error}");
+            Outcome::Problem
+        }
+    }
+}
+
+fn dispatch(command: Command, ctx: &Context) -> Result<Outcome, Error> {
+    match command {
+        Command::Doctor(args) => commands::doctor::run(args, ctx),
+        Command::Setup(args) => commands::setup::run(args, ctx),
+        Command::Build(args) => commands::build::run(args, ctx),
+        Command::Run(args) => commands::run::run(args, ctx),
+        Command::Storm(args) => commands::storm::run(args, ctx),
+        Command::Gdb(args) => commands::gdb::run(args, ctx),
+        Command::List(args) => commands::list::run(args, ctx),
+        Command::KvmProbe => Ok(kvm_probe()),
     }
 }
 

@@ -63,6 +63,15 @@ pub struct MachineArgs {
     /// Fault plan of the device, as KEY=VALUE[,KEY=VALUE]
     #[arg(long, value_name = "PLAN")]
     pub chaos: Option<String>,
+    /// QEMU of your own: 10.1 or later, with vfio-user-pci
+    #[arg(long, value_name = "PROGRAM", env = "HMMSTORM_QEMU")]
+    pub qemu: Option<PathBuf>,
+    /// GPU process of your own, in place of this tree's hmmstorm-device
+    #[arg(long, value_name = "PROGRAM", env = "HMMSTORM_DEVICE")]
+    pub device: Option<PathBuf>,
+    /// Folder for the logs of the run [default: a new one in the cache]
+    #[arg(long, value_name = "DIR")]
+    pub folder: Option<PathBuf>,
     /// Print the device's and QEMU's command lines and run nothing
     #[arg(long)]
     pub dry_run: bool,

@@ -3,7 +3,10 @@
 pub mod build;
 pub mod doctor;
 pub mod gdb;
+#[expect(missing_docs)]
+pub mod interim;
 pub mod list;
+pub mod prepare;
 pub mod run;
 pub mod setup;
 pub mod storm;

@@ -178,7 +178,7 @@ pub fn qemu(
     line.pair("-device", format!("virtserialport,chardev=events,name={PORT_NAME}"));
     line.pair("-device", "pvpanic-pci,addr=5");
     line.pair("-chardev", join(&["socket,id=qmp,server=off,path="], &[&sockets.qmp()]));
-    line.pair("-mon", "chardev=qmp,mode=control");
+    line.pair("-qmp", "chardev:qmp");
     if spec.gdb {
         line.pair("-chardev", join(&["socket,id=gdb,server=on,wait=off,path="], &[&sockets.gdb()]));
         line.pair("-gdb", "chardev:gdb");

@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
@@ -265,6 +265,15 @@ impl Machine {
 
     /// The next thing that happens, or [`Occurrence::Deadline`].
     pub fn next(&mut self, deadline: Instant) -> Result<Occurrence, Error> {
+        self.next_until(None, deadline)
+    }
+
+    /// As [`Machine::next`], and [`Occurrence::Deadline`] also when `other` becomes readable.
+    pub fn next_or(&mut self, other: BorrowedFd<'_>, deadline: Instant) -> Result<Occurrence, Error> {
+        self.next_until(Some(other), deadline)
+    }
+
+    fn next_until(&mut self, other: Option<BorrowedFd<'_>>, deadline: Instant) -> Result<Occurrence, Error> {
         loop {
             if let Some(occurrence) = self.queue.pop_front() {
                 return Ok(occurrence);
@@ -278,14 +287,12 @@ impl Machine {
                 self.qmp.pollable(),
                 Some(self.qemu.as_fd()),
                 self.device.as_ref().map(AsFd::as_fd),
+                other,
             ];
             let ready = poll::readable(fds, Some(deadline)).map_err(io_error("poll"))?;
-            let [interrupted, written, talked, qemu, device] = ready;
+            let [interrupted, written, talked, qemu, device, _] = ready;
             if interrupted {
                 return Err(Error::Interrupted);
-            }
-            if ready == [false; 5] {
-                return Ok(Occurrence::Deadline);
             }
             if written {
                 self.watch.clear().map_err(io_error("inotify"))?;
@@ -296,6 +303,9 @@ impl Machine {
             }
             if qemu || device {
                 self.finish()?;
+            }
+            if !(written || talked || qemu || device) {
+                return Ok(Occurrence::Deadline);
             }
         }
     }

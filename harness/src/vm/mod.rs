@@ -3,11 +3,13 @@
 //! [`Spec`] says what to run, [`command`] turns it into command lines (and nothing else), [`Machine`] runs them in a
 //! run folder and tells what happens, one [`Occurrence`] at a time.
 
+pub mod accel;
 pub mod children;
 pub mod command;
 pub mod device;
 pub mod events;
 pub mod folder;
+pub mod kvm;
 pub mod machine;
 pub mod poll;
 pub mod profile;
@@ -15,6 +17,7 @@ pub mod qmp;
 mod size;
 mod sockets;
 pub mod spec;
+pub mod terminal;
 
 pub use folder::RunFolder;
 pub use machine::{Boot, End, Error, Machine, Occurrence};

@@ -1,0 +1,131 @@
+//! From options to a machine that has said hello: what `run`, `storm` and `gdb` have in common.
+
+use std::path::PathBuf;
+use std::process;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use hmmstorm_abi::wire::event::Event;
+
+use super::interim::{self as build, Image};
+use crate::cli::{Accel, Context, Error, ImageArgs, MachineArgs};
+use crate::vm::command::{BootFiles, QemuProgram, Sockets};
+use crate::vm::{self, Boot, Engine, Guest, Machine, Occurrence, RunFolder, Spec, accel};
+
+/// What is to be booted, with what, and where its logs go.
+#[derive(Debug)]
+pub struct Prepared {
+    /// The machine.
+    pub boot: Boot,
+    /// The image it boots.
+    pub image: Image,
+    /// Whether TCG may take over when KVM turns out not to work.
+    pub accel: Accel,
+    /// Why this engine was chosen, for people.
+    pub engine_reason: String,
+    /// `--folder`.
+    folder: Option<PathBuf>,
+}
+
+/// Decides everything that is decided before a machine starts; fetches and builds what is missing.
+pub fn prepare(
+    image: &ImageArgs,
+    machine: &MachineArgs,
+    guest: Guest,
+    ctx: &Context,
+) -> Result<Prepared, Error> {
+    let memory = accel::Memory::new(&ctx.cache);
+    let (engine, engine_reason) = accel::choose(machine.accel, machine.deterministic, &memory)?;
+    // Before anything is built: a wrong option should not cost a kernel build first.
+    let spec = Spec::new(&ctx.repo.join("qemu-config"), machine, engine, guest).map_err(usage)?;
+    let image = build::obtain(image, ctx)?;
+    let qemu = match &machine.qemu {
+        Some(program) => QemuProgram { program: program.clone(), leading_args: Vec::new() },
+        None => {
+            let qemu = build::toolchain::qemu(ctx)?;
+            QemuProgram { program: qemu.program, leading_args: qemu.leading_args }
+        }
+    };
+    let device = match &machine.device {
+        Some(program) => program.clone(),
+        None => build::programs(ctx)?.device,
+    };
+    let files = BootFiles { kernel: image.boot_kernel.clone(), initramfs: image.initramfs.clone() };
+    Ok(Prepared {
+        boot: Boot { spec, qemu, device, files },
+        image,
+        accel: machine.accel,
+        engine_reason,
+        folder: machine.folder.clone(),
+    })
+}
+
+impl Prepared {
+    /// The command lines, for `--dry-run`: exact but for the sockets' folder, which is made anew for every run.
+    pub fn dry_run(&self) -> String {
+        let sockets = Sockets { dir: "/tmp/hmmstorm-XXXXXX".into() };
+        let folder = RunFolder::at(self.folder.clone().unwrap_or_else(|| "RUN-FOLDER".into()));
+        let (device, qemu) = self.boot.command_lines(&sockets, &folder);
+        device.into_iter().chain([qemu]).map(|line| format!("{line}\n")).collect()
+    }
+
+    /// The folder for the logs: `--folder`, or a new one in the cache, named after the time and `kind`.
+    pub fn folder(&self, kind: &str, ctx: &Context) -> Result<RunFolder, Error> {
+        let dir = self.folder.clone().unwrap_or_else(|| {
+            let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+            ctx.cache.join("runs").join(format!("{seconds}-{}-{kind}", process::id()))
+        });
+        RunFolder::create(&dir)
+            .map_err(|e| Error::harness(format!("cannot make the run folder {}: {e}", dir.display())))
+    }
+
+    /// Boots, and waits for the guest's hello. Everything seen until then, the hello included, is still to be had
+    /// from [`Machine::next`]. If `--accel auto` chose KVM and no hello comes, TCG takes over, and this is remembered.
+    pub fn start(&mut self, folder: RunFolder, ctx: &Context) -> Result<Machine, Error> {
+        match boot_to_hello(&self.boot, folder.clone(), ctx) {
+            Err(error)
+                if self.accel == Accel::Auto && self.boot.spec.engine == Engine::Kvm && hopeless(&error) =>
+            {
+                let reason = "no guest got as far as its first process";
+                ctx.note(format_args!("KVM does not work here ({error}); TCG takes over"));
+                accel::Memory::new(&ctx.cache).remember(false, reason)?;
+                self.boot.spec.engine = Engine::Tcg;
+                self.engine_reason = reason.into();
+                let folder = RunFolder::create(folder.dir())?;
+                Ok(boot_to_hello(&self.boot, folder, ctx)?)
+            }
+            result => Ok(result?),
+        }
+    }
+}
+
+/// Whether an error of a boot speaks against the engine.
+fn hopeless(error: &vm::Error) -> bool {
+    matches!(error, vm::Error::Timeout { .. } | vm::Error::Ended { .. } | vm::Error::Qmp { .. })
+}
+
+fn boot_to_hello(boot: &Boot, folder: RunFolder, ctx: &Context) -> Result<Machine, vm::Error> {
+    let limits = &boot.spec.profile.limits;
+    let limit = match boot.spec.engine {
+        Engine::Kvm => limits.hello_kvm,
+        Engine::Tcg => limits.hello,
+    };
+    let mut machine = Machine::boot(boot, folder, &ctx.interrupt)?;
+    let mut seen = Vec::new();
+    machine.wait_for("the guest's hello", Duration::from_secs(limit.into()), |occurrence| {
+        seen.push(occurrence.clone());
+        matches!(occurrence, Occurrence::Record(record) if matches!(record.event, Event::Hello { .. }))
+            .then_some(())
+    })?;
+    machine.unread(seen);
+    Ok(machine)
+}
+
+fn usage(error: vm::spec::Error) -> Error {
+    use vm::profile::Error as Profile;
+    match error {
+        vm::spec::Error::Contradiction(_) | vm::spec::Error::Profile(Profile::Unknown { .. }) => {
+            Error::usage(error.to_string())
+        }
+        vm::spec::Error::Profile(_) => error.into(),
+    }
+}
