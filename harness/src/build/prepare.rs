@@ -1,0 +1,238 @@
+//! From a request to an image: the order in which things are fetched, built and put together.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::binaries;
+use super::error::IoContext;
+use super::hash::{self, Key};
+use super::image::{AppliedPatch, Image, Provenance};
+use super::initramfs::{self, Content};
+use super::kernel::{Built, LiveTree, Recipe, strip};
+use super::module::{self, DRIVER};
+use super::patches::{self, Patch};
+use super::pins::Part;
+use super::process::{Job, guarded};
+use super::progress::Unit;
+use super::source::{self, Source};
+use super::toolchain::{self, KernelTools, Qemu};
+use super::{BuildError, Cache, Pins, Progress};
+use crate::cli::{Context, ImageArgs};
+
+/// What to build. The default is the reference kernel, stock.
+#[derive(Clone, Debug, Default)]
+pub struct Request {
+    /// Kernel of the list.
+    pub kernel: Option<String>,
+    /// Kernel source tree of the user's, instead; the abstractions are then those of `kernel`.
+    pub tree: Option<PathBuf>,
+    /// Fix candidate.
+    pub variant: Option<String>,
+    /// The user's own patches and mailboxes, on top.
+    pub patches: Vec<PathBuf>,
+    /// Kind of build.
+    pub flavour: Option<String>,
+}
+
+impl From<&ImageArgs> for Request {
+    fn from(args: &ImageArgs) -> Self {
+        Self {
+            kernel: args.kernel.clone(),
+            tree: args.tree.clone(),
+            variant: args.variant.clone(),
+            patches: args.mbox.clone(),
+            flavour: args.flavour.clone(),
+        }
+    }
+}
+
+/// Fetches and builds into one cache, from one source tree of hmmstorm.
+#[derive(Debug)]
+pub struct Builder {
+    pins: Pins,
+    cache: Cache,
+    progress: Progress,
+}
+
+impl Builder {
+    /// With the cache and source tree of the command line.
+    pub fn new(ctx: &Context) -> Result<Self, BuildError> {
+        Ok(Self {
+            pins: Pins::load(&ctx.repo)?,
+            cache: Cache::open(&ctx.cache)?,
+            progress: Progress::new(ctx),
+        })
+    }
+
+    /// What `images/` says.
+    pub fn pins(&self) -> &Pins {
+        &self.pins
+    }
+
+    /// A QEMU with the device that the GPU needs; fetched if need be.
+    pub fn qemu(&self) -> Result<Qemu, BuildError> {
+        toolchain::qemu(&self.pins, &self.cache, &self.progress)
+    }
+
+    /// The device's program; built if need be.
+    pub fn device(&self) -> Result<PathBuf, BuildError> {
+        binaries::device(&self.pins.repo, &self.cache, &self.progress)
+    }
+
+    /// The image that a command line asks for: the one named by `--image`, or what the other options describe.
+    pub fn image(&self, args: &ImageArgs) -> Result<Image, BuildError> {
+        match &args.image {
+            Some(file) => Image::load(file),
+            None => Image::load(&self.prepare(&args.into())?),
+        }
+    }
+
+    /// Builds what is requested, as far as it is not in the cache, and gives the path of its `image.json`.
+    pub fn prepare(&self, request: &Request) -> Result<PathBuf, BuildError> {
+        let recipe = self.recipe(request)?;
+        let tools = KernelTools::find(&self.pins, &self.cache, &self.progress)?;
+        let (kernel, driver) = {
+            let tree = LiveTree::open(&recipe, &tools, &self.pins, &self.cache, &self.progress)?;
+            (tree.kernel()?, module::driver(&tree, &self.pins.repo, &self.cache)?)
+        };
+        let storm = binaries::storm(&self.pins.repo, &self.cache, &self.progress)?;
+        let busybox = toolchain::busybox(&self.pins, &self.cache, &self.progress)?;
+        self.assemble(&recipe, &tools, &kernel, &driver, &storm, &busybox)
+    }
+
+    /// Fetches and verifies everything that any later command may need, and builds what does not depend on a kernel.
+    pub fn setup(&self, kernel: Option<&str>, tarball: Option<&Path>) -> Result<(), BuildError> {
+        let kernel = self.pins.kernel(kernel)?;
+        if let Some(file) = tarball {
+            source::import_tarball(kernel, file, &self.cache)?;
+        }
+        let Self { pins, cache, progress } = self;
+        let tools = KernelTools::find(pins, cache, progress)?;
+        progress.note(format_args!(
+            "{}\n{} with libclang {}\n{}",
+            tools.rustc, tools.bindgen, tools.libclang, tools.cc
+        ));
+        let qemu = self.qemu()?;
+        progress.note(format_args!("QEMU {}: {}", qemu.version, qemu.program.display()));
+        toolchain::busybox(pins, cache, progress)?;
+        let file = source::tarball(kernel, pins, cache, progress)?;
+        progress.note(format_args!("kernel {}: {}", kernel.name, file.display()));
+        self.fetch_crates()?;
+        self.device()?;
+        binaries::storm(&pins.repo, cache, progress)?;
+        Ok(())
+    }
+
+    /// Takes over a tarball that the user has, if it is that of this kernel.
+    pub fn import_tarball(&self, kernel: Option<&str>, file: &Path) -> Result<(), BuildError> {
+        source::import_tarball(self.pins.kernel(kernel)?, file, &self.cache).map(|_| ())
+    }
+
+    fn fetch_crates(&self) -> Result<(), BuildError> {
+        let log = self.cache.fresh_log("cargo-fetch")?;
+        let step = self.progress.step("fetching crates", Unit::None);
+        let mut command = guarded("cargo");
+        command.current_dir(&self.pins.repo).args(["fetch", "--locked"]);
+        Job { what: "fetching crates", log: &log, progress: &self.progress }.run(
+            command,
+            |_| (),
+            || step.tick(),
+        )?;
+        step.done();
+        Ok(())
+    }
+
+    fn recipe(&self, request: &Request) -> Result<Recipe, BuildError> {
+        let pins = &self.pins;
+        let kernel = pins.kernel(request.kernel.as_deref())?.clone();
+        let flavour = pins.flavour(request.flavour.as_deref())?.clone();
+        let variant = pins.variant(request.variant.as_deref())?;
+        let mut patches = patches::series(&pins.repo.join(&kernel.patches))?;
+        for file in &variant.patches {
+            patches.push(Patch::read(&pins.repo.join("images/variants").join(file))?);
+        }
+        for file in &request.patches {
+            patches.extend(patches::user(file, &self.cache)?);
+        }
+        let images = pins.repo.join("images");
+        let mut fragments = Vec::new();
+        for fragment in &flavour.config {
+            let file = images.join(fragment);
+            fragments.push(fs::read_to_string(&file).on("read", &file)?);
+        }
+        let source = match &request.tree {
+            Some(dir) => Source::tree(dir)?,
+            None => Source::Pinned(kernel.clone()),
+        };
+        let own = if request.patches.is_empty() { "" } else { "+own" };
+        let variant = format!("{}{own}", variant.name);
+        Ok(Recipe { source, kernel, flavour, variant, patches, fragments })
+    }
+
+    fn assemble(
+        &self,
+        recipe: &Recipe,
+        tools: &KernelTools,
+        kernel: &Built,
+        driver: &Path,
+        storm: &Path,
+        busybox: &Path,
+    ) -> Result<PathBuf, BuildError> {
+        let mut modules: BTreeMap<String, PathBuf> =
+            kernel.modules.iter().map(|name| (name.clone(), kernel.module(name))).collect();
+        modules.insert(DRIVER.to_owned(), driver.to_owned());
+        let provenance = Provenance {
+            kernel_version: kernel.release.clone(),
+            kernel_source_sha256: kernel.source_sha256.clone(),
+            patches: recipe
+                .patches
+                .iter()
+                .map(|p| AppliedPatch { name: p.name.clone(), sha256: p.sha256.clone() })
+                .collect(),
+            variant: recipe.variant.clone(),
+            flavour: recipe.flavour.name.clone(),
+            config_sha256: kernel.config_sha256.clone(),
+            driver_sha256: module::source_sha256(&self.pins.repo)?,
+            storm_sha256: hash::file(storm)?,
+            rustc: tools.rustc.clone(),
+            bindgen: tools.bindgen.clone(),
+            cc: tools.cc.clone(),
+            libclang: tools.libclang.clone(),
+        };
+        // The folders of kernel and modules have keys as their names, so their paths stand for their content.
+        let mut key = Key::new("image-1")
+            .with("kernel", kernel.dir.as_os_str().as_encoded_bytes())
+            .with("manifest", format!("{:?}", self.pins.initramfs))
+            .with("storm", &provenance.storm_sha256)
+            .with("busybox", hash::file(busybox)?)
+            .with("provenance", format!("{provenance:?}"));
+        for (name, file) in &modules {
+            key = key.with(name, file.as_os_str().as_encoded_bytes());
+        }
+        let name = format!("{}-{}-{}", recipe.source.name(), recipe.variant, key.short());
+        let dest = self.cache.path("images").join(name);
+        self.cache.publish(&dest, |dir| {
+            let scratch = self.cache.scratch()?;
+            let mut contents = vec![
+                Content { part: Part::Storm, name: "storm".into(), file: storm.to_owned() },
+                Content { part: Part::Busybox, name: "busybox".into(), file: busybox.to_owned() },
+            ];
+            for (name, file) in &modules {
+                let stripped = scratch.path().join(format!("{name}.ko"));
+                strip("--strip-debug", file, &stripped)?;
+                contents.push(Content { part: Part::Modules, name: format!("{name}.ko"), file: stripped });
+            }
+            initramfs::write(&self.pins.initramfs, &contents, &dir.join("initramfs.cpio.gz"))?;
+            let image = Image {
+                boot_kernel: kernel.dir.join("boot"),
+                vmlinux: kernel.dir.join("vmlinux"),
+                initramfs: dest.join("initramfs.cpio.gz"),
+                modules,
+                provenance,
+            };
+            image.save(&dir.join("image.json"))
+        })?;
+        Ok(dest.join("image.json"))
+    }
+}
