@@ -18,7 +18,7 @@ const GPUS_MAX: i64 = 16;
 /// Prints one JSON line with "ready" once every socket listens. Ends with status 0 on SIGTERM, on SIGINT, on a
 /// "shutdown" request on the control socket and, if so asked, at the end of its standard input.
 #[derive(Clone, Debug, Parser)]
-#[command(version, name = "hmmstorm-device")]
+#[command(version, name = "hmmstorm-device", args_override_self = true)]
 pub struct Config {
     /// Number of GPUs; they reach each other's VRAM.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=GPUS_MAX))]

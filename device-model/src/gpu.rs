@@ -1,5 +1,6 @@
 //! One GPU: its regions and its resets. These are the entry points that the transport calls, and the tests.
 
+use std::fmt::Display;
 use std::fs::File;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -234,6 +235,11 @@ impl Gpu {
     /// Disconnects every vector.
     pub fn disconnect_vectors(&self) {
         self.core.interrupts.disconnect_all();
+    }
+
+    /// Logs that a request of the VMM was refused.
+    pub fn refuse(&self, why: &dyn Display) {
+        self.core.complaints.request.log(self.index(), format_args!("refused a request of the VMM: {why}"));
     }
 
     /// Resets the GPU as far as `reset` goes; see [`crate::reset`].

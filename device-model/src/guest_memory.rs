@@ -194,7 +194,7 @@ impl GuestMemory {
         let Some(range) = Range::new(address, size) else { return Err(bad) };
         let region = match file {
             None => None,
-            Some(_) if address % PAGE != 0 || size % PAGE != 0 => return Err(bad),
+            Some(_) if !address.is_multiple_of(PAGE) || !size.is_multiple_of(PAGE) => return Err(bad),
             Some((file, offset)) => Some(Arc::new(map_file(address, size, writable, file, offset)?)),
         };
         // The mapping exists by now, so that readers wait for two pointers and not for a system call.

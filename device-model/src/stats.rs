@@ -100,4 +100,6 @@ pub struct Complaints {
     pub descriptor: Complaint,
     /// About rings, shadow pages and fences.
     pub ring: Complaint,
+    /// About requests of the VMM, which the guest may have provoked.
+    pub request: Complaint,
 }

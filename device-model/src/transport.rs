@@ -33,6 +33,9 @@ use crate::reset::Reset;
 /// Pause after an `accept()` that failed, as it does when the process is out of descriptors.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 
+/// Longest access in bytes: the `max_data_xfer_size` that the crate announces.
+const ACCESS_MAX: usize = 1 << 20;
+
 /// Why a socket could not be served.
 #[derive(Debug, thiserror::Error)]
 pub enum SocketError {
@@ -195,6 +198,8 @@ enum Refusal {
     Vector(#[from] VectorError),
     #[error("interrupt type {index} with flags {flags:#x}: only MSI-X with eventfds is there")]
     Interrupt { index: u32, flags: u32 },
+    #[error("an access of {0} bytes; a message carries at most {ACCESS_MAX}")]
+    Length(usize),
     #[error("removal of DMA entries with flags {0:#x}: there is no dirty tracking")]
     Unmap(u32),
 }
@@ -208,7 +213,7 @@ impl Backend {
     fn answer<E: Into<Refusal>>(&self, result: Result<(), E>) -> io::Result<()> {
         result.map_err(|error| {
             let refusal = error.into();
-            log::warn!("gpu{}: refused the client's request: {refusal}", self.gpu.index());
+            self.gpu.refuse(&refusal);
             io::Error::new(io::ErrorKind::InvalidInput, refusal)
         })
     }
@@ -242,6 +247,10 @@ impl Backend {
 
 impl ServerBackend for Backend {
     fn region_read(&mut self, region: u32, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        // The crate has set aside as much zeroed memory as was asked for; longer than this it stays untouched.
+        if data.len() > ACCESS_MAX {
+            return self.answer(Err(Refusal::Length(data.len())));
+        }
         match region_at(region) {
             Some(region) => self.gpu.region_read(region, offset, data),
             None => data.fill(0),
