@@ -1,20 +1,8 @@
 //! Stands in for the build half until it is there.
 use crate::cli::{Context, Error, ImageArgs};
-use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::PathBuf;
-#[derive(Debug, serde::Deserialize)]
-pub struct Provenance {
-    pub kernel_version: String,
-}
-#[derive(Debug, serde::Deserialize)]
-pub struct Image {
-    pub boot_kernel: PathBuf,
-    pub vmlinux: PathBuf,
-    pub initramfs: PathBuf,
-    pub modules: BTreeMap<String, PathBuf>,
-    pub provenance: Provenance,
-}
+pub use crate::build::Image;
 pub fn obtain(args: &ImageArgs, _ctx: &Context) -> Result<Image, Error> {
     let file = args.image.as_ref().ok_or_else(|| Error::usage("--image FILE"))?;
     Ok(serde_json::from_slice(&std::fs::read(file)?)?)

@@ -12,7 +12,7 @@ use crate::vm::command::{BootFiles, QemuProgram, Sockets};
 use crate::vm::{self, Boot, Engine, Guest, Machine, Occurrence, RunFolder, Spec, accel};
 
 /// What is to be booted, with what, and where its logs go.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Prepared {
     /// The machine.
     pub boot: Boot,

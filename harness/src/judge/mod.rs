@@ -12,3 +12,5 @@ pub mod symbols;
 pub mod verdict;
 pub mod cycle;
 pub mod statistics;
+pub mod record;
+pub mod scenario;
