@@ -93,10 +93,12 @@ struct Room {
 }
 
 impl Room {
-    fn new() -> Result<Self> {
+    /// For migrations of up to `pages` pages each. Small requests need small allocations, which do not get into
+    /// compaction, which drains LRU batches.
+    fn new(pages: usize) -> Result<Self> {
         Ok(Self {
             entries: KBox::init(pin_init::init_zeroed(), GFP_KERNEL)?,
-            segments: KVVec::with_capacity(PAGES, GFP_KERNEL)?,
+            segments: KVVec::with_capacity(cmp::min(pages, PAGES), GFP_KERNEL)?,
         })
     }
 }
@@ -125,7 +127,7 @@ pub(crate) fn migrate(
         _ => return Err(EINVAL),
     };
     let mm = mm.mmget_not_zero().ok_or(EINVAL)?;
-    let mut room = Room::new()?;
+    let mut room = Room::new(range.len() / PAGE_SIZE)?;
 
     let mmap = mm.mmap_read_lock();
     let mut addr = range.start;
@@ -383,7 +385,7 @@ fn copy_one(
 /// message; `ENODEV` if the device is dead; `ENOMEM`.
 pub(crate) fn evict_all(session: &Session<'_>, pagemap: &VramPagemap) -> Result {
     let pages = pagemap.pages();
-    let mut room = Room::new()?;
+    let mut room = Room::new(PAGES)?;
     let start = Instant::<Monotonic>::now();
 
     loop {
