@@ -4,6 +4,7 @@
 //! A worker writes its own slot only. Reading takes no lock and makes no system call, so a supervisor reports on workers
 //! that hang in the kernel, whatever locks they hold.
 
+use std::ffi::CString;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
@@ -137,9 +138,11 @@ impl Board {
 pub(crate) struct Slot<'a>(&'a [AtomicU64]);
 
 impl Slot<'_> {
-    /// Notes the task that works here now.
-    pub(crate) fn set_pid(self, pid: u32) {
-        self.0[PID].store(u64::from(pid), Relaxed);
+    /// Notes that the calling task works here now, and gives it `name`, which the kernel's reports will show.
+    pub(crate) fn enter(self, name: &str) {
+        self.0[PID].store(rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned().into(), Relaxed);
+        // The kernel keeps the first 15 bytes. A task without its name works as well.
+        let _named = CString::new(name).map(|name| rustix::thread::set_name(&name));
     }
 
     /// Notes that an operation begins.
@@ -218,7 +221,9 @@ mod tests {
             board.slot(worker).begin();
             board.slot(worker).complete(faults);
         }
-        board.slot(1).set_pid(99);
+        board.slot(1).enter("worker1");
+        assert_eq!(std::fs::read_to_string("/proc/thread-self/comm").expect("comm"), "worker1\n");
+        let pid = rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned();
         board.slot(1).begin();
         let expected = Progress {
             round: 7,
@@ -226,7 +231,7 @@ mod tests {
             faults: 1,
             outstanding: 1,
             workers: vec![1, 0, 2],
-            pids: vec![0, 99, 0],
+            pids: vec![0, pid, 0],
         };
         assert_eq!(board.progress(), expected);
         board.slot(1).complete(1);

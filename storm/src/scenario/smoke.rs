@@ -80,7 +80,7 @@ struct Worker<'a> {
 
 impl<'a> Worker<'a> {
     fn new(smoke: &'a Smoke, context: Context<'a>, number: usize, slot: Slot<'a>) -> Result<Self, WorkError> {
-        slot.set_pid(rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned());
+        slot.enter(&format!("worker{number}"));
         pin(number % smoke.machine.cpus).map_err(WorkError::system("sched_setaffinity of a worker"))?;
         let map = |pages| Mapping::private(pages).map_err(WorkError::system("mmap of a worker's pages"));
         Ok(Self {

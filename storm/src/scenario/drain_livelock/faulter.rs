@@ -17,14 +17,25 @@ use crate::sys::memory::Mapping;
 pub(super) enum Step {
     /// Get ready for a round.
     Prepare,
-    /// Read the device pages.
+    /// Read device pages while the migration runs.
     Read,
+    /// Read those that were left out.
+    Rest,
 }
 
 /// The gate's stage for `step` of the crew's `round`-th round. Stage 1 is "has started".
 pub(super) fn stage(round: u64, step: Step) -> u32 {
     // Rounds of one crew are at most `fork_every`, a million.
-    2 + 2 * round as u32 + u32::from(step == Step::Read)
+    STARTED + 1 + 3 * round as u32 + step as u32
+}
+
+/// What a stage after [`STARTED`] asks for.
+fn step(stage: u32) -> Step {
+    match (stage - STARTED - 1) % 3 {
+        0 => Step::Prepare,
+        1 => Step::Read,
+        _ => Step::Rest,
+    }
 }
 
 /// Stage at which a crew has opened its GPUs and touched all memory that it will use.
@@ -51,7 +62,7 @@ pub(super) struct Faulter<'a> {
 impl Faulter<'_> {
     /// Works until the gate says end.
     pub(super) fn run(&self) -> Result<(), WorkError> {
-        self.slot.set_pid(rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned());
+        self.slot.enter(&format!("faulter{}", self.number));
         pin(self.scenario.faulter_cpu(self.number))
             .map_err(WorkError::system("sched_setaffinity of a faulter"))?;
         let reader = Reading::new(self)?;
@@ -62,14 +73,21 @@ impl Faulter<'_> {
             match last {
                 END => return Ok(()),
                 STARTED => reader.warm_up()?,
-                n if n % 2 == 0 => {
-                    self.check_system_page()?;
-                    reader.prepare()?;
-                }
-                _ => {
-                    idle(rng.up_to(self.scenario.jitter));
-                    reader.read_all()?;
-                }
+                stage => match step(stage) {
+                    Step::Prepare => {
+                        self.check_system_page()?;
+                        reader.prepare()?;
+                    }
+                    Step::Read => {
+                        idle(rng.up_to(self.scenario.jitter));
+                        self.scenario
+                            .overlapping_reads(self.number)
+                            .try_for_each(|page| reader.read(page))?;
+                    }
+                    Step::Rest => {
+                        self.scenario.other_reads(self.number).try_for_each(|page| reader.read(page))?
+                    }
+                },
             }
             self.gate.done(self.number, last);
         }
@@ -145,22 +163,35 @@ impl<'a> Reading<'a> {
         Ok(())
     }
 
-    fn read_all(&self) -> Result<(), WorkError> {
-        let Faulter { scenario, mapping, slot, seed, generation, .. } = self.faulter;
-        for page in (0..scenario.device_pages().len()).map(|i| scenario.nth_read(i)) {
-            let span = mapping
-                .span(page..page + 1)
-                .ok_or_else(|| WorkError::Condition(format!("no page {page}")))?;
-            if scenario.drained {
-                self.drain()?;
-            }
-            slot.begin();
-            let access = self.gpu.read(span, &self.buffer, self.owner)?;
-            Stamp { seed: *seed, page: page as u64, generation: *generation }
-                .check(self.buffer.page(0))
-                .map_err(WorkError::seen(format!("read by GPU {}", self.gpu.index())))?;
-            slot.complete(u64::from(access.faults > 0));
-        }
+    fn read(&self, page: usize) -> Result<(), WorkError> {
+        let Faulter { mapping, slot, seed, generation, .. } = self.faulter;
+        let span =
+            mapping.span(page..page + 1).ok_or_else(|| WorkError::Condition(format!("no page {page}")))?;
+        slot.begin();
+        let access = self.gpu.read(span, &self.buffer, self.owner)?;
+        Stamp { seed: *seed, page: page as u64, generation: *generation }
+            .check(self.buffer.page(0))
+            .map_err(WorkError::seen(format!("read by GPU {}", self.gpu.index())))?;
+        slot.complete(u64::from(access.faults > 0));
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stages_come_in_order_and_tell_their_steps() {
+        let steps = [Step::Prepare, Step::Read, Step::Rest];
+        let mut last = STARTED;
+        for round in [0, 1, 2, 999_999] {
+            for wanted in steps {
+                let stage = stage(round, wanted);
+                assert!(last < stage && stage < END);
+                assert_eq!(step(stage), wanted);
+                last = stage;
+            }
+        }
     }
 }

@@ -27,7 +27,7 @@ const LEAD_LOOKS: u32 = 1 << 22;
 pub(super) fn run(scenario: &DrainLivelock, context: &Context<'_>) -> Result<(), WorkError> {
     pin(MIGRATOR_CPU).map_err(WorkError::system("sched_setaffinity of the migrator"))?;
     let slot = context.board.slot(0);
-    slot.set_pid(std::process::id());
+    slot.enter("migrator");
     let page = |pages| Mapping::private(pages).map_err(WorkError::system("mmap of the range"));
     let migrator = Migrator {
         scenario,
@@ -211,7 +211,8 @@ impl Migrator<'_> {
 
             let reading = stage(n as u64, Step::Read);
             let leader = rng.up_to(self.scenario.faulters as u64 - 1) as usize;
-            let lead = rng.up_to(self.scenario.lead);
+            let lead =
+                rng.up_to(self.scenario.lead.min(self.scenario.overlapping_reads(leader).count() as u64));
             let pause = rng.up_to(self.scenario.jitter);
             let target = self.board.slot(leader + 1).begun() + lead;
             self.gate.announce(reading);
@@ -219,6 +220,9 @@ impl Migrator<'_> {
             idle(pause);
             self.migrate_mixed_range()?;
             self.await_stage(crew, reading)?;
+            if self.scenario.drained {
+                self.stage(crew, stage(n as u64, Step::Rest))?;
+            }
             self.check_system_page()?;
         }
         Ok(())

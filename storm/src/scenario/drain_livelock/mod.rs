@@ -128,6 +128,23 @@ impl DrainLivelock {
         }
     }
 
+    /// The pages that faulter `faulter` reads while the migration runs, in this order.
+    ///
+    /// All of them, but only one if its CPU's batches are to stay empty: the first read that finds its page unlocked
+    /// leaves a folio there, the migration may queue its work item for that at any moment from then on, and nothing
+    /// that the faulter can do tells it whether one is still to come.
+    fn overlapping_reads(&self, faulter: usize) -> impl Iterator<Item = usize> {
+        let all = self.device_pages().len();
+        let which = if self.drained { faulter % all..faulter % all + 1 } else { 0..all };
+        which.map(|i| self.nth_read(i))
+    }
+
+    /// The pages that it reads when the migration is over.
+    fn other_reads(&self, faulter: usize) -> impl Iterator<Item = usize> {
+        let all = self.device_pages().len();
+        (0..all).filter(move |i| self.drained && *i != faulter % all).map(|i| self.nth_read(i))
+    }
+
     fn faulter_cpu(&self, faulter: usize) -> usize {
         first_faulter_cpu(self.drained) + faulter
     }
@@ -182,11 +199,24 @@ mod tests {
     fn faulters_read_every_device_page_away_from_the_system_page() {
         for order in ["system-first", "device-first"] {
             let s = scenario(&[("order", order), ("pages", "5")]);
-            let reads: Vec<_> = (0..4).map(|i| s.nth_read(i)).collect();
+            let reads: Vec<_> = s.overlapping_reads(0).collect();
+            assert_eq!((reads.len(), s.other_reads(0).count()), (4, 0));
             let distance = |page: &usize| page.abs_diff(s.system_page());
             assert!(reads.is_sorted_by_key(distance), "{order}: {reads:?}");
             assert!(reads.iter().all(|page| s.device_pages().contains(page)), "{order}: {reads:?}");
             assert!(!s.device_pages().contains(&s.system_page()));
+        }
+    }
+
+    #[test]
+    fn drained_faulters_read_one_page_during_the_migration_and_the_rest_after_it() {
+        let s = scenario(&[("drained", "1"), ("pages", "5")]);
+        for faulter in 0..2 {
+            let mut pages: Vec<_> = s.overlapping_reads(faulter).collect();
+            assert_eq!(pages, [faulter + 1]);
+            pages.extend(s.other_reads(faulter));
+            pages.sort_unstable();
+            assert_eq!(pages, [1, 2, 3, 4]);
         }
     }
 
