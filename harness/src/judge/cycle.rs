@@ -158,7 +158,7 @@ impl Cycle {
         });
         let frames: Vec<String> = cpu.trunk.iter().filter(|function| !is_entry(function)).take(6).cloned().collect();
         let task = report.and_then(|report| report.task.as_ref()).map(actor);
-        let share = format!("{} of {} samples", cpu.in_tree, cpu.samples);
+        let share = format!("{} of {} samples", cpu.in_tree, cpu.samples - cpu.torn);
         let who = match &task {
             Some(task) => task.to_string(),
             None => {

@@ -41,6 +41,8 @@ pub struct CpuSummary {
     pub trunk: Vec<String>,
     /// Samples whose stack has that trunk.
     pub in_tree: usize,
+    /// Samples in kernel mode whose stack changed while it was read: they say nothing of the tree, neither way.
+    pub torn: usize,
     /// Whole windows in which enough samples have it, in a row up to the last sample.
     pub windows: usize,
     /// Distinct instruction pointers: 1 means that the CPU did not move at all.
@@ -73,11 +75,17 @@ impl CpuSummary {
         let trunk = trunk(samples, rules.share);
         let in_tree: Vec<bool> = samples.iter().map(|sample| has_trunk(sample, &trunk)).collect();
         summary.in_tree = in_tree.iter().filter(|&&yes| yes).count();
-        summary.windows = windows(&in_tree, rules);
+        let torn = |(sample, &in_tree): (&&Sample, &bool)| sample.mode == Mode::Kernel && !sample.complete && !in_tree;
+        let telling: Vec<bool> = samples.iter().zip(&in_tree).filter(|&pair| !torn(pair)).map(|(_, &in_tree)| in_tree).collect();
+        summary.torn = samples.len() - telling.len();
+        summary.windows = windows(&telling, rules);
         summary.above = above(samples, &trunk);
         // Entry frames alone say "in a system call", which every busy task is.
         let meaningful = trunk.iter().any(|function| !is_entry(function));
-        summary.spins = meaningful && summary.windows >= rules.windows && enough(summary.in_tree, samples.len(), rules.share);
+        summary.spins = meaningful
+            && summary.windows >= rules.windows
+            && enough(summary.in_tree, telling.len(), rules.share)
+            && telling.len() >= summary.torn;
         summary.trunk = trunk.into_iter().rev().collect();
 
         let halted: Vec<bool> = samples.iter().map(|sample| sample.mode == Mode::Halted).collect();
@@ -242,7 +250,12 @@ mod tests {
         for sample in samples.iter_mut().step_by(4) {
             sample.stack.clear();
         }
-        assert!(!summary(&samples).spins);
+        assert_eq!((summary(&samples).torn, summary(&samples).spins), (5, true));
+        for sample in &mut samples[..11] {
+            sample.stack.clear();
+            sample.complete = false;
+        }
+        assert!(!summary(&samples).spins, "most walks were torn");
     }
 
     #[test]

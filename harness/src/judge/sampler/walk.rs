@@ -27,7 +27,7 @@ mod pt_regs {
 /// What a walk found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Walk {
-    /// Instruction pointer and return addresses, leaf first.
+    /// Instruction pointer and return addresses, leaf first. Frames near the leaf may be missing.
     pub(super) addresses: Vec<u64>,
     /// The walk reached the stack's root. If not, frames near the root are missing.
     pub(super) complete: bool,
@@ -35,15 +35,41 @@ pub(super) struct Walk {
 
 /// Walks the stack of a CPU that is in kernel mode. `read` gives guest memory at a virtual address of that CPU, possibly
 /// less than asked for; `is_text` says what can be a return address.
+///
+/// The guest runs on between the reading of its registers and of its memory, so the frames near the leaf may be gone by
+/// then. The frames near the root do not change while a function near the root runs: where the chain from `rbp` is torn,
+/// the first frame above `rsp` from which a chain reaches the root is taken up instead.
 pub(super) fn walk(
     registers: &CpuRegisters,
     mut read: impl FnMut(u64, usize) -> Option<Vec<u8>>,
     is_text: impl Fn(u64) -> bool,
 ) -> Walk {
     let mut memory = Memory { blocks: Vec::new(), reads: 0, read: &mut read };
-    let mut walk = Walk { addresses: vec![registers.rip], complete: false };
     memory.load(registers.rsp);
-    let mut rbp = registers.rbp;
+    let mut walk = chain(&mut memory, registers.rbp, &is_text);
+    if !walk.complete {
+        for slot in memory.slots() {
+            let linked = match memory.cached(slot) {
+                Some(next) => next == 0 || next > slot,
+                None => false,
+            };
+            if !linked || !memory.cached(slot + 8).is_some_and(&is_text) {
+                continue;
+            }
+            let resumed = chain(&mut memory, slot, &is_text);
+            if resumed.complete {
+                walk = resumed;
+                break;
+            }
+        }
+    }
+    walk.addresses.insert(0, registers.rip);
+    walk
+}
+
+/// Follows saved frame pointers from one on.
+fn chain(memory: &mut Memory<'_>, mut rbp: u64, is_text: &impl Fn(u64) -> bool) -> Walk {
+    let mut walk = Walk::default();
     let mut previous = 0;
     while walk.addresses.len() < DEEPEST {
         if rbp == 0 {
@@ -53,7 +79,7 @@ pub(super) fn walk(
         if rbp & 1 == 1 && rbp > KERNEL {
             let regs = rbp & !1;
             let (Some(ip), Some(cs), Some(bp)) =
-                (memory.word(regs + pt_regs::IP), memory.word(regs + pt_regs::CS), memory.word(regs + pt_regs::BP))
+                (memory.word(regs, pt_regs::IP), memory.word(regs, pt_regs::CS), memory.word(regs, pt_regs::BP))
             else {
                 break;
             };
@@ -74,7 +100,7 @@ pub(super) fn walk(
         if rbp < KERNEL || rbp % 8 != 0 || (same_stack && rbp <= previous) {
             break;
         }
-        let (Some(next), Some(address)) = (memory.word(rbp), memory.word(rbp + 8)) else { break };
+        let (Some(next), Some(address)) = (memory.word(rbp, 0), memory.word(rbp, 8)) else { break };
         if !is_text(address) {
             break;
         }
@@ -105,7 +131,14 @@ impl Memory<'_> {
         }
     }
 
-    fn word(&mut self, address: u64) -> Option<u64> {
+    /// Addresses of the words of the first block: the stack that the CPU is on, from its stack pointer up.
+    fn slots(&self) -> impl Iterator<Item = u64> + use<> {
+        let (start, words) = self.blocks.first().map_or((0, 0), |(start, bytes)| (*start, bytes.len() as u64 / 8));
+        (0..words).map(move |word| start + word * 8)
+    }
+
+    fn word(&mut self, base: u64, offset: u64) -> Option<u64> {
+        let address = base.checked_add(offset)?;
         if let Some(word) = self.cached(address) {
             return Some(word);
         }
@@ -201,6 +234,23 @@ mod tests {
         let (walk, _) = walk_on(&bytes, TEXT, BASE + 0x3cf0, BASE + 0x3d00);
         assert!(walk.complete);
         assert_eq!(walk.addresses.len(), 2);
+    }
+
+    #[test]
+    fn a_torn_leaf_is_skipped_up_to_a_chain_that_reaches_the_root() {
+        let bytes = stack(&[
+            (0x3e00, 0xdead),           // where rbp pointed: overwritten by a later call
+            (0x3e10, BASE + 0x3e18),    // looks like a frame, and leads nowhere
+            (0x3e18, TEXT + 0x50),
+            (0x3f00, BASE + 0x3f40),
+            (0x3f08, TEXT + 0x100),
+            (0x3f40, 0),
+            (0x3f48, TEXT + 0x200),
+        ]);
+        let (walk, reads) = walk_on(&bytes, TEXT, BASE + 0x3df0, BASE + 0x3e00);
+        assert_eq!(walk.addresses, [TEXT, TEXT + 0x100, TEXT + 0x200]);
+        assert!(walk.complete);
+        assert_eq!(reads, 1);
     }
 
     #[test]
