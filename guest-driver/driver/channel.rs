@@ -10,8 +10,8 @@
 //!
 //! A slot is *armed* with the fence value it waits for before the descriptor is published. Whoever takes that value
 //! back (a compare-and-exchange, so exactly one does) ends the wait: the interrupt handler that saw the fence, a
-//! reset that aborts the job, or the waiter itself, which looks at the fence every [`STEP`] in case the interrupt was
-//! lost. Only the first two complete the completion, and the waiter does not leave before they have, so that it can
+//! reset that aborts the job, or the waiter itself, which looks at the fence for [`SPIN`] before it sleeps, and then
+//! every [`STEP_MS`] in case the interrupt was lost. Only the first two complete the completion, and the waiter does not leave before they have, so that it can
 //! be used again.
 //!
 //! # Locks

@@ -22,7 +22,8 @@ use kernel::{
 use crate::{
     abi::pci::{
         BAR_REGS,
-        DEVICE_ID, //
+        DEVICE_ID,
+        VENDOR_ID, //
     },
     file::{
         Node,
@@ -44,11 +45,13 @@ pub(crate) struct HsGpu {
 }
 
 const VENDOR: pci::Vendor = pci::Vendor::REDHAT_QUMRANET;
+const _: () = assert!(VENDOR.as_raw() == VENDOR_ID);
 
 kernel::pci_device_table!(
     PCI_TABLE,
     MODULE_PCI_TABLE,
     <HsGpu as pci::Driver>::IdInfo,
+    // CAST: widening, where `u32::from` is not `const`.
     [(pci::DeviceId::from_id(VENDOR, DEVICE_ID as u32), ())]
 );
 

@@ -8,7 +8,10 @@
     reason = "the device and the storm use parts that the driver does not"
 )]
 #[expect(unreachable_pub, reason = "it is a crate of its own elsewhere")]
-#[expect(clippy::incompatible_msrv, reason = "hmmstorm needs a newer compiler than the kernel")]
+#[expect(
+    clippy::incompatible_msrv,
+    reason = "hmmstorm needs a newer compiler than the kernel"
+)]
 mod abi;
 
 mod channel;
