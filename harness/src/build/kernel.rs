@@ -6,6 +6,7 @@
 //! kernels/NAME-VARIANT-KEY/ vmlinux boot config modules/ scripts/gdb/ kernel.json
 //! ```
 
+use std::cell::OnceCell;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -84,7 +85,7 @@ struct Objects {
     modules: String,
 }
 
-/// A live tree, locked for this process.
+/// A live tree. Its lock is taken when something is to be built, and held from then on.
 #[derive(Debug)]
 pub(super) struct LiveTree<'a> {
     recipe: &'a Recipe,
@@ -92,16 +93,18 @@ pub(super) struct LiveTree<'a> {
     pins: &'a Pins,
     cache: &'a Cache,
     progress: &'a Progress,
+    /// Name of folder and lock.
+    name: String,
     dir: PathBuf,
     log: PathBuf,
     source_sha256: String,
     /// Checksum of the source without C files: of what modules are built against.
     interface_sha256: String,
-    _lock: Lock,
+    lock: OnceCell<Lock>,
 }
 
 impl<'a> LiveTree<'a> {
-    /// Locks the live tree of a recipe and takes over what changed in a user's own source.
+    /// The live tree of a recipe. What changed in a user's own source is taken over at once.
     pub(super) fn open(
         recipe: &'a Recipe,
         tools: &'a KernelTools,
@@ -115,22 +118,21 @@ impl<'a> LiveTree<'a> {
             .with("flavour", &recipe.flavour.name)
             .with("tools", tools.id())
             .short();
-        let dir = cache.path("trees").join(format!("{name}-{key}"));
-        fs::create_dir_all(&dir).on("create", &dir)?;
-        let lock = cache.lock(&format!("tree-{name}-{key}"), progress)?;
         let mut tree = Self {
             recipe,
             tools,
             pins,
             cache,
             progress,
-            dir,
+            dir: cache.path("trees").join(format!("{name}-{key}")),
             log: cache.log(&format!("kernel-{name}")),
+            name: format!("{name}-{key}"),
             source_sha256: String::new(),
             interface_sha256: String::new(),
-            _lock: lock,
+            lock: OnceCell::new(),
         };
         if let Source::Tree(_) = recipe.source {
+            tree.lock()?;
             tree.bring_source()?; // its checksum is known only then
         }
         (tree.source_sha256, tree.interface_sha256) = recipe.source.sha256(&tree.dir)?;
@@ -143,6 +145,10 @@ impl<'a> LiveTree<'a> {
         if let Some(built) = Built::load(&dest)? {
             return Ok(built);
         }
+        self.lock()?;
+        if let Some(built) = Built::load(&dest)? {
+            return Ok(built); // built by the one that we waited for
+        }
         self.cache.fresh_log(self.log.file_stem().and_then(|s| s.to_str()).unwrap_or("kernel"))?;
         self.make_objects()?;
         self.cache.publish(&dest, |dir| self.collect(dir))?;
@@ -150,6 +156,16 @@ impl<'a> LiveTree<'a> {
             file: dest.join("kernel.json"),
             reason: "it was written just now and is gone".into(),
         })
+    }
+
+    /// Keeps others from the live tree until this is dropped.
+    pub(super) fn lock(&self) -> Result<(), BuildError> {
+        if self.lock.get().is_none() {
+            fs::create_dir_all(&self.dir).on("create", &self.dir)?;
+            let lock = self.cache.lock(&format!("tree-{}", self.name), self.progress)?;
+            let _ = self.lock.set(lock);
+        }
+        Ok(())
     }
 
     /// Key of what modules are built against: the kernel without patches to its C code.
@@ -161,7 +177,7 @@ impl<'a> LiveTree<'a> {
         key
     }
 
-    /// Builds the modules of `source` out of tree, with all their objects in `objects`.
+    /// Builds the modules of `source` out of tree, with all their objects in `objects`. The caller has taken the lock.
     pub(super) fn build_modules(&self, what: &str, source: &Path, objects: &Path) -> Result<(), BuildError> {
         if self.objects()?.modules != self.modules_key().hex() {
             self.make_objects()?;
@@ -251,6 +267,8 @@ impl<'a> LiveTree<'a> {
         let expected = is_first.then_some(self.recipe.kernel.steps);
         let what = format!("building kernel {} ({})", self.recipe.source.name(), self.recipe.variant);
         self.kbuild().make(&what, &["vmlinux", "modules", "scripts_gdb"], expected, |_| ())?;
+        // kbuild itself makes the configuration anew when Kconfig files have changed.
+        self.check_configuration()?;
         let text = serde_json::to_vec(&wanted)
             .map_err(|e| BuildError::Data { file: stamp.clone(), reason: e.to_string() })?;
         write_whole(&stamp, text)?;
@@ -269,43 +287,37 @@ impl<'a> LiveTree<'a> {
         write_whole(&marker, boot)
     }
 
-    /// Makes `.config` from the fragments and checks that each of their lines survived.
+    /// Makes `.config` from the fragments, if they are not those of the last time, and checks it.
     fn configure(&self) -> Result<(), BuildError> {
         let out = self.out();
         fs::create_dir_all(&out).on("create", &out)?;
         let all = self.dir.join("fragments.config");
         let wanted = self.recipe.fragments.concat();
-        // kbuild notices by itself when Kconfig files change, so a configuration is made anew only for new fragments.
-        let is_same = fs::read_to_string(&all).is_ok_and(|old| old == wanted) && out.join(".config").exists();
-        if !is_same {
-            super::overlay::replace(None, &all)?;
-            let fragments = self.dir.join("fragments.config.new");
-            write_whole(&fragments, &wanted)?;
-            self.kbuild().make("configuring the kernel", &["allnoconfig"], None, |command| {
-                command.env("KCONFIG_ALLCONFIG", &fragments);
-            })?;
+        if fs::read_to_string(&all).is_ok_and(|old| old == wanted) && out.join(".config").exists() {
+            return Ok(());
         }
-        self.kbuild().make("checking the configuration", &["olddefconfig"], None, |_| ())?;
-        let file = out.join(".config");
+        super::overlay::replace(None, &all)?;
+        let fragments = self.dir.join("fragments.config.new");
+        write_whole(&fragments, &wanted)?;
+        self.kbuild().make("configuring the kernel", &["allnoconfig"], None, |command| {
+            command.env("KCONFIG_ALLCONFIG", &fragments);
+        })?;
+        self.kbuild().make("completing the configuration", &["olddefconfig"], None, |_| ())?;
+        self.check_configuration()?;
+        write_whole(&all, wanted)
+    }
+
+    /// Fails unless each line of the fragments is in force.
+    fn check_configuration(&self) -> Result<(), BuildError> {
+        let file = self.out().join(".config");
         let config = fs::read_to_string(&file).on("read", &file)?;
         let lost = kconfig::lost(&self.recipe.fragments, &config);
-        if !lost.is_empty() {
-            let fragment = self
-                .recipe
-                .flavour
-                .config
-                .iter()
-                .map(|f| f.display().to_string())
-                .collect::<Vec<_>>()
-                .join(" + ");
-            return Err(BuildError::Config {
-                kernel: self.recipe.source.name(),
-                fragment,
-                lost,
-                log: self.log.clone(),
-            });
+        if lost.is_empty() {
+            return Ok(());
         }
-        write_whole(&all, wanted)
+        let names: Vec<_> = self.recipe.flavour.config.iter().map(|f| f.display().to_string()).collect();
+        let kernel = self.recipe.source.name();
+        Err(BuildError::Config { kernel, fragment: names.join(" + "), lost, log: self.log.clone() })
     }
 
     /// Copies what a run, gdb and a report need out of the object folder.
@@ -383,3 +395,6 @@ pub(super) fn strip(how: &str, source: &Path, dest: &Path) -> Result<(), BuildEr
     }
     capture(Command::new("objcopy").arg(how).arg(source).arg(dest)).map(|_| ())
 }
+
+#[cfg(test)]
+mod tests;

@@ -229,7 +229,22 @@ fn bindgen(pins: &Pins, cache: &Cache, progress: &Progress) -> Result<PathBuf, B
         let mut command = guarded("cargo");
         command
             .current_dir(&pins.repo)
-            .args(["install", "--locked", &pin.crate_name, "--version", &pin.version, "--root"])
+            .args(["install", "--locked", &pin.crate_name, "--version", &pin.version])
+            // It runs for seconds in a build of minutes: not worth optimising for minutes.
+            .args([
+                "--no-default-features",
+                "--features",
+                "runtime",
+                "--config",
+                "profile.release.opt-level=1",
+            ])
+            .args([
+                "--config",
+                "profile.release.lto=false",
+                "--config",
+                "profile.release.codegen-units=16",
+                "--root",
+            ])
             .arg(dir)
             .arg("--target-dir")
             .arg(scratch.path());
