@@ -64,7 +64,7 @@ pub struct MachineArgs {
     #[arg(long, value_name = "PLAN")]
     pub chaos: Option<String>,
     /// QEMU of your own: 10.1 or later, with vfio-user-pci
-    #[arg(long, value_name = "PROGRAM", env = "HMMSTORM_QEMU")]
+    #[arg(long, value_name = "PROGRAM")]
     pub qemu: Option<PathBuf>,
     /// GPU process of your own, in place of this tree's hmmstorm-device
     #[arg(long, value_name = "PROGRAM", env = "HMMSTORM_DEVICE")]

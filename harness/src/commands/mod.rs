@@ -3,8 +3,6 @@
 pub mod build;
 pub mod doctor;
 pub mod gdb;
-#[expect(missing_docs)]
-pub mod interim;
 pub mod list;
 pub mod prepare;
 pub mod run;

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use hmmstorm_abi::wire::event::Event;
 
-use super::interim::{self as build, Image};
+use crate::build::{BuildError, Builder, Image};
 use crate::cli::{Accel, Context, Error, ImageArgs, MachineArgs};
 use crate::vm::command::{BootFiles, QemuProgram, Sockets};
 use crate::vm::{self, Boot, Engine, Guest, Machine, Occurrence, RunFolder, Spec, accel};
@@ -37,18 +37,7 @@ pub fn prepare(
     let (engine, engine_reason) = accel::choose(machine.accel, machine.deterministic, &memory)?;
     // Before anything is built: a wrong option should not cost a kernel build first.
     let spec = Spec::new(&ctx.repo.join("qemu-config"), machine, engine, guest).map_err(usage)?;
-    let image = build::obtain(image, ctx)?;
-    let qemu = match &machine.qemu {
-        Some(program) => QemuProgram { program: program.clone(), leading_args: Vec::new() },
-        None => {
-            let qemu = build::toolchain::qemu(ctx)?;
-            QemuProgram { program: qemu.program, leading_args: qemu.leading_args }
-        }
-    };
-    let device = match &machine.device {
-        Some(program) => program.clone(),
-        None => build::programs(ctx)?.device,
-    };
+    let (image, qemu, device) = programs(image, machine, ctx).map_err(BuildError::into_cli)?;
     let files = BootFiles { kernel: image.boot_kernel.clone(), initramfs: image.initramfs.clone() };
     Ok(Prepared {
         boot: Boot { spec, qemu, device, files },
@@ -57,6 +46,24 @@ pub fn prepare(
         engine_reason,
         folder: machine.folder.clone(),
     })
+}
+
+/// What the options name, or else what this tree builds and fetches.
+fn programs(
+    image: &ImageArgs,
+    machine: &MachineArgs,
+    ctx: &Context,
+) -> Result<(Image, QemuProgram, PathBuf), BuildError> {
+    let builder = Builder::new(ctx)?;
+    let qemu = match &machine.qemu {
+        Some(program) => QemuProgram { program: program.clone(), leading_args: Vec::new() },
+        None => {
+            let qemu = builder.qemu()?;
+            QemuProgram { program: qemu.program, leading_args: qemu.leading_args }
+        }
+    };
+    let device = machine.device.clone().map_or_else(|| builder.device(), Ok)?;
+    Ok((builder.image(image)?, qemu, device))
 }
 
 impl Prepared {

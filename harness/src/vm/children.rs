@@ -16,7 +16,7 @@ use rustix::process::{Pid, PidfdFlags, Signal};
 
 use super::poll;
 
-/// A child process in a process group of its own; killed with the group, and reaped, when this is dropped.
+/// A child process, in a process group of its own; killed with the group, and reaped, when this is dropped.
 #[derive(Debug)]
 pub struct Child {
     name: &'static str,
@@ -24,6 +24,7 @@ pub struct Child {
     process: process::Child,
     pid: Pid,
     pidfd: OwnedFd,
+    leads_group: bool,
     status: Option<ExitStatus>,
 }
 
@@ -41,9 +42,25 @@ pub struct SpawnError {
 
 impl Child {
     /// Starts `command`. `name` and `log` (where its stderr goes) are for messages.
-    pub fn spawn(name: &'static str, command: Command, log: &Path) -> Result<Self, SpawnError> {
+    pub fn spawn(name: &'static str, mut command: Command, log: &Path) -> Result<Self, SpawnError> {
+        command.process_group(0);
+        Self::start(name, command, log, true)
+    }
+
+    /// Starts `command` in our own process group: it may use the terminal, and gets the keyboard's signals. Only the
+    /// process itself is killed when this is dropped.
+    pub fn spawn_in_foreground(name: &'static str, command: Command, log: &Path) -> Result<Self, SpawnError> {
+        Self::start(name, command, log, false)
+    }
+
+    fn start(
+        name: &'static str,
+        command: Command,
+        log: &Path,
+        leads_group: bool,
+    ) -> Result<Self, SpawnError> {
         let program = PathBuf::from(command.get_program());
-        let start = || -> io::Result<Self> {
+        let begin = || -> io::Result<Self> {
             let mut process = spawn_on_the_lasting_thread(command)?;
             let opened = pid_of(&process).and_then(|pid| {
                 rustix::process::pidfd_open(pid, PidfdFlags::empty())
@@ -51,7 +68,9 @@ impl Child {
                     .map_err(io::Error::from)
             });
             match opened {
-                Ok((pid, pidfd)) => Ok(Self { name, log: log.into(), process, pid, pidfd, status: None }),
+                Ok((pid, pidfd)) => {
+                    Ok(Self { name, log: log.into(), process, pid, pidfd, leads_group, status: None })
+                }
                 Err(error) => {
                     let _ = process.kill();
                     let _ = process.wait();
@@ -59,7 +78,7 @@ impl Child {
                 }
             }
         };
-        start().map_err(|source| SpawnError { name, program, source })
+        begin().map_err(|source| SpawnError { name, program, source })
     }
 
     /// What it is to us, as given to [`Child::spawn`].
@@ -108,8 +127,12 @@ impl Child {
         if self.status.is_some() {
             return;
         }
-        // Not reaped yet, so the group's id is still this child's.
-        let _ = rustix::process::kill_process_group(self.pid, Signal::KILL);
+        // Not reaped yet, so both ids are still this child's.
+        let _ = if self.leads_group {
+            rustix::process::kill_process_group(self.pid, Signal::KILL)
+        } else {
+            rustix::process::kill_process(self.pid, Signal::KILL)
+        };
         self.status = self.process.wait().ok();
     }
 }
@@ -136,7 +159,7 @@ fn pid_of(process: &process::Child) -> io::Result<Pid> {
 
 type Order = (Command, mpsc::SyncSender<io::Result<process::Child>>);
 
-/// Starts `command` in its own process group, from a thread that never ends, with SIGKILL when this process dies.
+/// Starts `command` from a thread that never ends, with SIGKILL for it when this process dies.
 fn spawn_on_the_lasting_thread(mut command: Command) -> io::Result<process::Child> {
     static SPAWNER: OnceLock<Result<mpsc::SyncSender<Order>, io::ErrorKind>> = OnceLock::new();
     let spawner = SPAWNER.get_or_init(|| {
@@ -153,7 +176,6 @@ fn spawn_on_the_lasting_thread(mut command: Command) -> io::Result<process::Chil
     });
     let spawner = spawner.as_ref().map_err(|kind| io::Error::from(*kind))?;
 
-    command.process_group(0);
     die_with_parent(&mut command);
     let (answer, inbox) = mpsc::sync_channel(1);
     let gone = |_| io::Error::other("the thread that starts processes has ended");
