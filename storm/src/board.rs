@@ -50,7 +50,7 @@ impl Finding {
     /// The finding for a page that was seen wrong `seen`, e.g. "read by GPU 1".
     pub(crate) fn corruption(mismatch: &Mismatch, seen: &str) -> Self {
         Self::Corruption {
-            page: mismatch.expected.page,
+            page: mismatch.expected.index(),
             expected: mismatch.expected.to_string(),
             found: format!("{mismatch} ({seen})"),
         }

@@ -14,7 +14,7 @@ use crate::rng::mix;
 pub(crate) struct Stamp {
     /// Seed of the run.
     pub(crate) seed: u64,
-    /// Index of the page in its mapping, with the worker's number above bit 32 where each has its own.
+    /// Index of the page in its mapping; above bit 32, the number of the worker where each has a mapping of its own.
     pub(crate) page: u64,
     /// Counts the writings of the page, from 1.
     pub(crate) generation: u64,
@@ -80,9 +80,19 @@ impl Stamp {
     }
 }
 
+impl Stamp {
+    /// Index of the page in its mapping.
+    pub(crate) fn index(self) -> u64 {
+        self.page & u64::from(u32::MAX)
+    }
+}
+
 impl fmt::Display for Stamp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "page {:#x} generation {}", self.page, self.generation)
+        match self.page >> 32 {
+            0 => write!(f, "page {}, generation {}", self.index(), self.generation),
+            worker => write!(f, "page {} of worker {worker}, generation {}", self.index(), self.generation),
+        }
     }
 }
 
@@ -154,7 +164,7 @@ mod tests {
         Stamp { page: 9, ..STAMP }.write(&page);
         assert_eq!(
             STAMP.check(&page).expect_err("other").to_string(),
-            "the contents of page 0x9 generation 3"
+            "the contents of page 9, generation 3"
         );
         Stamp { seed: 1, ..STAMP }.write(&page);
         assert!(STAMP.check(&page).expect_err("seed").to_string().contains("510 of 512"));

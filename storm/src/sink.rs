@@ -67,7 +67,7 @@ fn render(event: &Event, terminal: bool) -> String {
         }
         Event::Corruption { worker, page, expected, found } => {
             format!(
-                "{clear}CORRUPTION: {worker} found page {page:#x} wrong\n  expected: {expected}\n  found:    {found}\n"
+                "{clear}CORRUPTION: {worker} found page {page} wrong\n  expected: {expected}\n  found:    {found}\n"
             )
         }
         Event::Invariant { name, detail } => format!("{clear}ACCOUNTING: {name}: {detail}\n"),

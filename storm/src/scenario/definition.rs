@@ -31,6 +31,7 @@ pub(crate) struct Definition {
     #[serde(default)]
     pub(crate) conditions: Vec<Condition>,
     /// Parameters.
+    #[serde(default)]
     pub(crate) parameters: Vec<Parameter>,
     /// Runs with one condition removed.
     #[serde(default)]

@@ -41,6 +41,9 @@ fn step(stage: u32) -> Step {
 /// Stage at which a crew has opened its GPUs and touched all memory that it will use.
 pub(super) const STARTED: u32 = 1;
 
+/// Index by which a faulter's own page is known; no page of the range has it.
+const SCRATCH: u64 = u32::MAX as u64;
+
 /// One faulter of one crew.
 #[derive(Clone, Debug)]
 pub(super) struct Faulter<'a> {
@@ -133,7 +136,7 @@ impl<'a> Reading<'a> {
 
     /// One read of an ordinary page, checked: whatever the path needs for the first time, it gets here and not in a round.
     fn warm_up(&self) -> Result<(), WorkError> {
-        let stamp = Stamp { seed: self.faulter.seed, page: u64::MAX, generation: 1 };
+        let stamp = Stamp { seed: self.faulter.seed, page: SCRATCH, generation: 1 };
         stamp.write(self.scratch.page(0));
         let span =
             self.scratch.span(0..1).ok_or_else(|| WorkError::Condition("no scratch page".to_owned()))?;
@@ -159,7 +162,7 @@ impl<'a> Reading<'a> {
         self.scratch
             .discard(0..1)
             .map_err(WorkError::system("madvise(MADV_DONTNEED) of the scratch page"))?;
-        Stamp { seed: self.faulter.seed, page: u64::MAX, generation: 2 }.write(self.scratch.page(0));
+        Stamp { seed: self.faulter.seed, page: SCRATCH, generation: 2 }.write(self.scratch.page(0));
         Ok(())
     }
 
