@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::console::{Finding, Kind, Task, WorkItem, WorkState};
 use super::sampler::CpuSummary;
-use super::stack::{chain, contains, is_entry, stable};
+use super::stack::{chain, contains, from_loop, stable};
 use super::verdict::Source;
 
 /// A task with what it does in the scenario.
@@ -151,12 +151,12 @@ impl Cycle {
     }
 
     fn spinner(&mut self, cpu: &CpuSummary, findings: &[Finding], actor: &impl Fn(&Task) -> Actor) {
-        let report = findings.iter().rev().find(|finding| {
-            matches!(finding.kind, Kind::SoftLockup { .. } | Kind::HardLockup)
-                && finding.cpu == Some(cpu.cpu)
-                && finding.task.as_ref().is_some_and(|task| !task.is_idle())
-        });
-        let frames: Vec<String> = cpu.trunk.iter().filter(|function| !is_entry(function)).take(6).cloned().collect();
+        let of_cpu = |finding: &&Finding| finding.cpu == Some(cpu.cpu) && finding.task.as_ref().is_some_and(|task| !task.is_idle());
+        let lockup = |finding: &&Finding| matches!(finding.kind, Kind::SoftLockup { .. } | Kind::HardLockup);
+        let report = findings.iter().filter(of_cpu).find(lockup);
+        let report = report.or_else(|| findings.iter().filter(of_cpu).find(|finding| finding.kind == Kind::CpuDump));
+        let mut frames = from_loop(&cpu.trunk);
+        frames.truncate(6);
         let task = report.and_then(|report| report.task.as_ref()).map(actor);
         let share = format!("{} of {} samples", cpu.in_tree, cpu.samples - cpu.torn);
         let who = match &task {

@@ -23,6 +23,7 @@ pub struct Scenario {
     pub summary: String,
     needs: Needs,
     limits: Limits,
+    #[serde(default)]
     parameters: Vec<Parameter>,
     #[serde(default)]
     conditions: Vec<Condition>,

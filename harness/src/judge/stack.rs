@@ -172,11 +172,52 @@ pub fn stable(stack: &[Frame], limit: usize) -> Vec<String> {
         .collect()
 }
 
-/// `leaf ← caller ← caller`, at most `limit` frames.
+/// Functions of the kernel that retry for ever by themselves: where one is in a stack, it names the loop, whatever is
+/// above it at the moment.
+const LOOPS: [&str; 1] = ["hmm_range_fault"];
+
+/// The functions that name a loop, leaf first: from the innermost known loop on, or all of them; no entry frames.
+#[must_use]
+pub fn from_loop(functions: &[String]) -> Vec<String> {
+    let mut frames: Vec<String> = functions.iter().filter(|function| !is_entry(function)).cloned().collect();
+    if let Some(anchor) = frames.iter().position(|function| LOOPS.contains(&base_name(function))) {
+        frames.drain(..anchor);
+    }
+    frames
+}
+
+/// `leaf ← caller ← caller`, at most `limit` frames, Rust names shortened.
 #[must_use]
 pub fn chain<S: AsRef<str>>(functions: &[S], limit: usize) -> String {
-    let shown: Vec<&str> = functions.iter().take(limit).map(AsRef::as_ref).collect();
+    let shown: Vec<String> = functions.iter().take(limit).map(|function| short(function.as_ref())).collect();
     shown.join(" ← ")
+}
+
+/// A Rust name without crate, modules, generic arguments and the trait implemented:
+/// `<hsgpu::file::OpenFile as kernel::miscdevice::MiscDevice>::ioctl` is `OpenFile::ioctl`. Other names stay.
+#[must_use]
+pub fn short(function: &str) -> String {
+    let last = |path: &str| path.rsplit("::").next().unwrap_or(path).to_owned();
+    let Some(rest) = function.strip_prefix('<') else {
+        // A free function keeps its module: `new` alone says nothing.
+        let parts: Vec<&str> = function.split("::").collect();
+        return parts[parts.len().saturating_sub(2)..].join("::");
+    };
+    // The self type ends at the `>` that closes the first `<`.
+    let mut depth = 1;
+    let end = rest.char_indices().find(|&(_, c)| {
+        depth += match c {
+            '<' => 1,
+            '>' => -1,
+            _ => 0,
+        };
+        depth == 0
+    });
+    let Some((end, _)) = end else { return function.to_owned() };
+    let (inside, method) = (&rest[..end], rest[end + 1..].trim_start_matches("::"));
+    let this = inside.split(" as ").next().unwrap_or(inside);
+    let this = this.split('<').next().unwrap_or(this);
+    format!("{}::{}", last(this), last(method))
 }
 
 #[cfg(test)]
@@ -201,6 +242,20 @@ mod tests {
         let frame = Frame::parse("_RNvMs0_NtCs5Hc9Yb3x1Zk_5hsgpu7migrateNtB5_5Guard4wait+0x10/0x40 [hsgpu]").expect("a frame");
         assert!(frame.function.contains("hsgpu"), "{}", frame.function);
         assert!(!frame.function.starts_with("_R"), "{}", frame.function);
+    }
+
+    #[test]
+    fn short_names() {
+        for (long, expected) in [
+            ("hmm_range_fault", "hmm_range_fault"),
+            ("<hsgpu_main::mirror::Mirror>::access", "Mirror::access"),
+            ("<hsgpu_main::file::OpenFile as kernel::miscdevice::MiscDevice>::ioctl", "OpenFile::ioctl"),
+            ("<kernel::miscdevice::MiscdeviceVTable<hsgpu_main::file::OpenFile>>::ioctl", "MiscdeviceVTable::ioctl"),
+            ("hsgpu_main::vram::free", "vram::free"),
+            ("<unclosed", "<unclosed"),
+        ] {
+            assert_eq!(short(long), expected);
+        }
     }
 
     #[test]

@@ -141,6 +141,8 @@ pub enum Kind {
         /// `D`, `R`, `S`, ...
         state: char,
     },
+    /// What a CPU did, shown on request (NMI backtrace), as after a soft lockup.
+    CpuDump,
     /// The kernel killed a process for memory.
     OutOfMemory,
 }
@@ -205,6 +207,7 @@ impl Finding {
             | Kind::RcuStall
             | Kind::WorkqueueDump { .. }
             | Kind::TaskDump { .. }
+            | Kind::CpuDump
             | Kind::OutOfMemory => Class::Notice,
         }
     }

@@ -121,6 +121,9 @@ fn liveness(message: &str) -> Option<Header> {
     if message == "Showing busy workqueues and worker pools:" {
         return Some(Header::of(Kind::WorkqueueDump { items: Vec::new() }));
     }
+    if let Some(cpu) = message.strip_prefix("NMI backtrace for cpu ").and_then(|cpu| cpu.trim_end().parse().ok()) {
+        return Some(Header { kind: Kind::CpuDump, task: None, cpu: Some(cpu) });
+    }
     if message.starts_with("Out of memory: Killed process") {
         return Some(Header::of(Kind::OutOfMemory));
     }
@@ -183,6 +186,8 @@ mod tests {
             panic!("no workqueue lockup");
         };
         assert_eq!((pools[0].cpus.as_slice(), pools[0].seconds), ([0, 2, 3].as_slice(), 8));
+        assert_eq!(classify("NMI backtrace for cpu 2").map(|header| (header.kind, header.cpu)), Some((Kind::CpuDump, Some(2))));
+        assert_eq!(kind("NMI backtrace for cpu 0 skipped: idling at default_idle+0x9/0x10"), None);
         for stall in [
             "rcu: INFO: rcu_preempt self-detected stall on CPU",
             "rcu: INFO: rcu_preempt detected stalls on CPUs/tasks:",

@@ -110,7 +110,9 @@ impl Sampler {
                         None
                     }
                 };
-                walk(&registers, read, |address| self.symbols.is_text(address) || super::symbols::is_module_area(address))
+                let leaf = self.symbols.frame(registers.rip);
+                let into = self.symbols.is_text(registers.rip).then_some(leaf.offset);
+                walk(&registers, into, read, |address| self.symbols.is_text(address) || super::symbols::is_module_area(address))
             } else {
                 walk::Walk::default()
             };

@@ -72,7 +72,9 @@ impl CpuSummary {
         ips.dedup();
         summary.distinct_ips = ips.len();
 
-        let trunk = trunk(samples, rules.share);
+        // The trunk goes on only where nearly all agree: one that is as long as the share just allows would fall below it
+        // with the next sample.
+        let trunk = trunk(samples, 1.0 - (1.0 - rules.share) / 2.0);
         let in_tree: Vec<bool> = samples.iter().map(|sample| has_trunk(sample, &trunk)).collect();
         summary.in_tree = in_tree.iter().filter(|&&yes| yes).count();
         let torn = |(sample, &in_tree): (&&Sample, &bool)| sample.mode == Mode::Kernel && !sample.complete && !in_tree;

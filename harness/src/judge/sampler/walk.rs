@@ -14,6 +14,8 @@ const READ: u64 = 8 << 10;
 const DEEPEST: usize = 64;
 /// Most reads of one walk: the task's stack and the interrupt stacks on top of it.
 const READS: usize = 3;
+/// Bytes of `push %rbp; mov %rsp,%rbp`.
+const PROLOGUE: u64 = 4;
 /// First address of the kernel half.
 const KERNEL: u64 = 0xffff_8000_0000_0000;
 
@@ -34,18 +36,25 @@ pub(super) struct Walk {
 }
 
 /// Walks the stack of a CPU that is in kernel mode. `read` gives guest memory at a virtual address of that CPU, possibly
-/// less than asked for; `is_text` says what can be a return address.
+/// less than asked for; `is_text` says what can be a return address; `into` is how far into its function the CPU is, bytes.
 ///
 /// The guest runs on between the reading of its registers and of its memory, so the frames near the leaf may be gone by
 /// then. The frames near the root do not change while a function near the root runs: where the chain from `rbp` is torn,
 /// the first frame above `rsp` from which a chain reaches the root is taken up instead.
 pub(super) fn walk(
     registers: &CpuRegisters,
+    into: Option<u64>,
     mut read: impl FnMut(u64, usize) -> Option<Vec<u8>>,
     is_text: impl Fn(u64) -> bool,
 ) -> Walk {
     let mut memory = Memory { blocks: Vec::new(), reads: 0, read: &mut read };
     memory.load(registers.rsp);
+    // Before `push %rbp; mov %rsp,%rbp` have run, rbp is the caller's, and the caller's own address is only on the stack.
+    let caller = match into {
+        Some(0) => memory.cached(registers.rsp),
+        Some(1..PROLOGUE) => memory.cached(registers.rsp.wrapping_add(8)),
+        _ => None,
+    };
     let mut walk = chain(&mut memory, registers.rbp, &is_text);
     if !walk.complete {
         for slot in memory.slots() {
@@ -63,7 +72,8 @@ pub(super) fn walk(
             }
         }
     }
-    walk.addresses.insert(0, registers.rip);
+    let missed = caller.filter(|&caller| walk.complete && is_text(caller) && walk.addresses.first() != Some(&caller));
+    walk.addresses.splice(0..0, [registers.rip].into_iter().chain(missed));
     walk
 }
 
@@ -180,10 +190,15 @@ mod tests {
     }
 
     fn walk_on(bytes: &[u8], rip: u64, rsp: u64, rbp: u64) -> (Walk, usize) {
+        walk_from(bytes, None, rip, rsp, rbp)
+    }
+
+    fn walk_from(bytes: &[u8], into: Option<u64>, rip: u64, rsp: u64, rbp: u64) -> (Walk, usize) {
         let registers = CpuRegisters { cpu: 0, rip, rsp, rbp, cpl: 0, halted: false };
         let mut reads = 0;
         let walk = walk(
             &registers,
+            into,
             |address, length| {
                 reads += 1;
                 let from = usize::try_from(address.checked_sub(BASE)?).ok()?;
@@ -208,6 +223,16 @@ mod tests {
         assert_eq!(walk.addresses, [TEXT, TEXT + 0x100, TEXT + 0x200, TEXT + 0x300]);
         assert!(walk.complete);
         assert_eq!(reads, 1);
+    }
+
+    #[test]
+    fn the_caller_of_a_function_that_has_no_frame_yet() {
+        let bytes = stack(&[(0x3ef0, TEXT + 0x80), (0x3ef8, TEXT + 0x90), (0x3f00, 0), (0x3f08, TEXT + 0x100)]);
+        for (into, second) in [(0, TEXT + 0x80), (1, TEXT + 0x90), (4, TEXT + 0x100)] {
+            let (walk, _) = walk_from(&bytes, Some(into), TEXT, BASE + 0x3ef0, BASE + 0x3f00);
+            assert_eq!(walk.addresses[..2], [TEXT, second], "{into}");
+            assert!(walk.complete);
+        }
     }
 
     #[test]

@@ -7,11 +7,7 @@ use super::state::State;
 use super::types::{Evidence, Judgement, Limits, Source, Verdict, Weight};
 use crate::judge::console::{Class, Finding, Kind};
 use crate::judge::sampler::CpuSummary;
-use crate::judge::stack::{base_name, chain, contains, is_entry, stable};
-
-/// Functions of the kernel that retry for ever by themselves: where one is in the trunk, it names the loop, whatever its
-/// callees happen to have in common.
-const LOOPS: [&str; 1] = ["hmm_range_fault"];
+use crate::judge::stack::{chain, contains, from_loop, is_entry, stable};
 
 /// What a run without completions looks like.
 #[derive(Clone, Debug)]
@@ -196,7 +192,7 @@ fn waiters(state: &State) -> Vec<String> {
 }
 
 /// The frames that name the loop: from the known loop on, or what all spinning CPUs have in common.
-pub(super) fn common_frames(spinning: &[&CpuSummary]) -> Vec<String> {
+fn common_frames(spinning: &[&CpuSummary]) -> Vec<String> {
     let Some(first) = spinning.first() else { return Vec::new() };
     let roots = |cpu: &CpuSummary| cpu.trunk.iter().rev().cloned().collect::<Vec<String>>();
     let mut common = roots(first);
@@ -204,10 +200,8 @@ pub(super) fn common_frames(spinning: &[&CpuSummary]) -> Vec<String> {
         let agreed = common.iter().zip(roots(cpu)).take_while(|(a, b)| *a == b).count();
         common.truncate(agreed);
     }
-    let mut frames: Vec<String> = common.into_iter().rev().filter(|function| !is_entry(function)).collect();
-    if let Some(anchor) = frames.iter().position(|function| LOOPS.contains(&base_name(function))) {
-        frames.drain(..anchor);
-    }
+    common.reverse();
+    let mut frames = from_loop(&common);
     frames.truncate(3);
     frames
 }
@@ -259,7 +253,7 @@ fn unclear(state: &State) -> String {
 
 fn samples(cpu: &CpuSummary, weight: Weight) -> Evidence {
     let says = if cpu.spins {
-        let trunk: Vec<&String> = cpu.trunk.iter().filter(|function| !is_entry(function)).collect();
+        let trunk = from_loop(&cpu.trunk);
         format!(
             "CPU {}: {} of {} samples in {}, at {} addresses",
             cpu.cpu,
@@ -288,9 +282,11 @@ fn complaint(finding: &Finding, weight: Weight) -> Evidence {
 pub(super) fn detectors_have_spoken(state: &State, limits: &Limits) -> bool {
     let whole = |finding: &&Finding| finding.complete;
     let hung = state.since_stall().filter(|finding| sleeps(finding)).any(|finding| whole(&finding));
-    let locked = |cpu: &CpuSummary| {
-        state.since_stall().filter(whole).any(|finding| matches!(finding.kind, Kind::SoftLockup { .. }) && finding.cpu == Some(cpu.cpu))
+    // With sysctl kernel.softlockup_all_cpu_backtrace the first report shows the other CPUs too.
+    let shown = |cpu: &CpuSummary| {
+        let of_cpu = |finding: &Finding| matches!(finding.kind, Kind::SoftLockup { .. } | Kind::CpuDump) && finding.cpu == Some(cpu.cpu);
+        state.since_stall().filter(whole).any(of_cpu)
     };
-    let soft = state.summaries.iter().filter(|cpu| cpu.spins).all(locked);
+    let soft = state.summaries.iter().filter(|cpu| cpu.spins).all(shown);
     (hung && soft) || state.guest_stall() >= limits.detectors
 }
