@@ -1,0 +1,16 @@
+//! The KUnit suites of the kernel abstractions and of the driver, in a real guest.
+
+use hmmstorm_smoke::Storm;
+
+#[test]
+fn kunit_suites_pass() {
+    let storm = Storm::run("kunit", ["kunit", "--param", "suites=4", "--append", "kunit.enable=1"]);
+    assert_eq!(storm.verdict(), "pass", "{}", storm.output);
+}
+
+/// Without results there is nothing to pass.
+#[test]
+fn kunit_suites_that_did_not_run_are_an_error() {
+    let storm = Storm::run("kunit-off", ["kunit"]);
+    assert_eq!(storm.code, 3, "{}", storm.output);
+}
