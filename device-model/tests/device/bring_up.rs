@@ -26,7 +26,7 @@ fn a_gpu_says_what_it_is() {
 #[test]
 fn a_page_goes_to_vram_and_comes_back_with_fence_and_interrupt() {
     let bench = Bench::new(&[], 1 << 20);
-    let page: Vec<u8> = (0..4096_u32).map(|i| (i * 7 >> 3) as u8).collect();
+    let page: Vec<u8> = (0..4096_u32).map(|i| ((i * 7) >> 3) as u8).collect();
     bench.write(RESERVED, &page);
     let (ours, theirs) = eventfd_pair();
     let vector = u32::from(VECTOR_CHANNEL0) + 2;
