@@ -265,7 +265,10 @@ impl<'a> Storm<'a> {
         total: Duration,
         qemu_version: Option<String>,
     ) -> Result<Record, Error> {
-        let Seen { judgement, verdict_at, judge, findings, device, driver, parameters } = seen;
+        let Seen { judgement, verdict_at, judge, findings, device, driver, parameters, sampler } = seen;
+        if judgement.verdict != Verdict::Pass && sampler.cpus() > 0 {
+            record::write_samples(&folder.dir().join("samples.jsonl"), &sampler)?;
+        }
         let spec = &prepared.boot.spec;
         let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let cycle = (judgement.verdict == Verdict::Livelock)

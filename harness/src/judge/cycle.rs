@@ -158,7 +158,7 @@ impl Cycle {
         let mut frames = from_loop(&cpu.trunk);
         frames.truncate(6);
         let task = report.and_then(|report| report.task.as_ref()).map(actor);
-        let share = format!("{} of {} samples", cpu.in_tree, cpu.samples - cpu.torn);
+        let share = format!("{} of {} samples", cpu.in_tree, cpu.judged - cpu.torn);
         let who = match &task {
             Some(task) => task.to_string(),
             None => {
@@ -302,7 +302,7 @@ mod tests {
 
     fn spinning(cpu: u32) -> CpuSummary {
         let trunk = ["hmm_range_fault", "dmirror_fault", "__x64_sys_ioctl"].map(str::to_owned).to_vec();
-        CpuSummary { cpu, samples: 40, in_tree: 40, trunk, above: vec![("do_swap_page".into(), 31)], spins: true, ..CpuSummary::default() }
+        CpuSummary { cpu, samples: 40, judged: 40, in_tree: 40, trunk, above: vec![("do_swap_page".into(), 31)], spins: true, ..CpuSummary::default() }
     }
 
     fn name(console: &str, spinners: &[u32]) -> Cycle {

@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 
 use super::console::Finding;
 use super::cycle::Cycle;
-use super::sampler::CpuSummary;
+use super::sampler::{CpuSummary, Mode, Sampler};
 use super::stack::chain;
 use super::verdict::{Judgement, Verdict};
 
@@ -201,6 +201,30 @@ pub fn identity(judgement: &Judgement, cycle: Option<&Cycle>) -> Option<String> 
 
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Writes what the CPUs were seen doing, one look at one CPU a line, stacks leaf first. The file is evidence for people:
+/// its times are the host's, so it differs even where equal runs have equal logs, and is not hashed.
+pub fn write_samples(path: &Path, sampler: &Sampler) -> Result<(), Error> {
+    #[derive(Serialize)]
+    struct Line<'a> {
+        at_ms: u128,
+        cpu: u32,
+        mode: Mode,
+        complete: bool,
+        stack: Vec<&'a str>,
+    }
+    let failed = |source| Error { what: "write", path: path.into(), source };
+    let mut file = io::BufWriter::new(File::create(path).map_err(failed)?);
+    for cpu in 0..sampler.cpus() {
+        for sample in sampler.samples(cpu) {
+            let stack = sample.stack.iter().map(|frame| frame.function.as_str()).collect();
+            let line = Line { at_ms: sample.at.as_millis(), cpu, mode: sample.mode, complete: sample.complete, stack };
+            serde_json::to_writer(&mut file, &line).map_err(|error| failed(error.into()))?;
+            file.write_all(b"\n").map_err(failed)?;
+        }
+    }
+    file.flush().map_err(failed)
 }
 
 /// Hashes a file.

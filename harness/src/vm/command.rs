@@ -173,7 +173,9 @@ pub fn qemu(
         ),
     }
     line.pair("-serial", "chardev:console");
-    line.pair("-device", "virtio-serial-pci,addr=4");
+    // Without an eventfd QEMU serves the guest's notification at the instant of the write, and not when the host's
+    // scheduler lets it: deterministic runs depend on it.
+    line.pair("-device", "virtio-serial-pci,addr=4,ioeventfd=off");
     line.pair("-chardev", file_chardev("events", &folder.events()));
     line.pair("-device", format!("virtserialport,chardev=events,name={PORT_NAME}"));
     line.pair("-device", "pvpanic-pci,addr=5");

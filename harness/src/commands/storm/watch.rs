@@ -69,6 +69,8 @@ pub(super) struct Seen {
     pub(super) driver: Vec<BTreeMap<String, u64>>,
     /// Parameters in force, once the scenario began.
     pub(super) parameters: Option<BTreeMap<String, String>>,
+    /// What the CPUs were seen doing.
+    pub(super) sampler: Sampler,
 }
 
 /// What a watcher knows beforehand.
@@ -245,6 +247,7 @@ impl<'a> Watcher<'a> {
             device: self.device,
             driver: self.driver,
             parameters: self.parameters,
+            sampler: self.sampler,
         }
     }
 }

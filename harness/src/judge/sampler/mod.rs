@@ -49,7 +49,8 @@ pub trait GuestProbe {
 }
 
 /// What a CPU did.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Mode {
     /// User code.
     User,
@@ -147,6 +148,12 @@ impl Sampler {
             CpuSummary::of(u32::try_from(cpu).unwrap_or(u32::MAX), &samples, rules)
         })
         .collect()
+    }
+
+    /// Number of CPUs seen.
+    #[must_use]
+    pub fn cpus(&self) -> u32 {
+        u32::try_from(self.cpus.len()).unwrap_or(u32::MAX)
     }
 
     /// Samples of a CPU, oldest first.

@@ -24,6 +24,14 @@ impl Default for TreeRules {
     }
 }
 
+impl TreeRules {
+    /// How many of the samples since the last completion are judged: the latest three quarters, and all of few. The
+    /// last completion is known only to the next heartbeat, so the first samples may be of work that still went on.
+    fn recent(&self, samples: usize) -> usize {
+        (samples - samples / 4).max(self.window * self.windows).min(samples)
+    }
+}
+
 /// What a CPU did over a span of time.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct CpuSummary {
@@ -39,9 +47,11 @@ pub struct CpuSummary {
     pub halted: usize,
     /// Functions that the samples have in common from the root of the stack, **leaf first**: the tree's trunk.
     pub trunk: Vec<String>,
-    /// Samples whose stack has that trunk.
+    /// The latest samples, of which the tree and idleness are judged.
+    pub judged: usize,
+    /// Of these, those whose stack has the trunk.
     pub in_tree: usize,
-    /// Samples in kernel mode whose stack changed while it was read: they say nothing of the tree, neither way.
+    /// Of these, those in kernel mode whose stack changed while it was read: they say nothing of the tree, neither way.
     pub torn: usize,
     /// Whole windows in which enough samples have it, in a row up to the last sample.
     pub windows: usize,
@@ -60,6 +70,7 @@ impl CpuSummary {
     #[must_use]
     pub fn of(cpu: u32, samples: &[&Sample], rules: &TreeRules) -> Self {
         let mut summary = Self { cpu, samples: samples.len(), ..Self::default() };
+        let recent = &samples[samples.len() - rules.recent(samples.len())..];
         for sample in samples {
             match sample.mode {
                 Mode::User => summary.user += 1,
@@ -67,21 +78,22 @@ impl CpuSummary {
                 Mode::Halted => summary.halted += 1,
             }
         }
-        let mut ips: Vec<u64> = samples.iter().map(|sample| sample.ip).collect();
+        let mut ips: Vec<u64> = recent.iter().map(|sample| sample.ip).collect();
         ips.sort_unstable();
         ips.dedup();
         summary.distinct_ips = ips.len();
 
         // The trunk goes on only where nearly all agree: one that is as long as the share just allows would fall below it
         // with the next sample.
-        let trunk = trunk(samples, 1.0 - (1.0 - rules.share) / 2.0);
-        let in_tree: Vec<bool> = samples.iter().map(|sample| has_trunk(sample, &trunk)).collect();
+        let trunk = trunk(recent, 1.0 - (1.0 - rules.share) / 2.0);
+        let in_tree: Vec<bool> = recent.iter().map(|sample| has_trunk(sample, &trunk)).collect();
         summary.in_tree = in_tree.iter().filter(|&&yes| yes).count();
         let torn = |(sample, &in_tree): (&&Sample, &bool)| sample.mode == Mode::Kernel && !sample.complete && !in_tree;
-        let telling: Vec<bool> = samples.iter().zip(&in_tree).filter(|&pair| !torn(pair)).map(|(_, &in_tree)| in_tree).collect();
-        summary.torn = samples.len() - telling.len();
+        let telling: Vec<bool> = recent.iter().zip(&in_tree).filter(|&pair| !torn(pair)).map(|(_, &in_tree)| in_tree).collect();
+        summary.judged = recent.len();
+        summary.torn = recent.len() - telling.len();
         summary.windows = windows(&telling, rules);
-        summary.above = above(samples, &trunk);
+        summary.above = above(recent, &trunk);
         // Entry frames alone say "in a system call", which every busy task is.
         let meaningful = trunk.iter().any(|function| !is_entry(function));
         summary.spins = meaningful
@@ -90,8 +102,9 @@ impl CpuSummary {
             && telling.len() >= summary.torn;
         summary.trunk = trunk.into_iter().rev().collect();
 
-        let halted: Vec<bool> = samples.iter().map(|sample| sample.mode == Mode::Halted).collect();
-        summary.idle = windows(&halted, rules) >= rules.windows && enough(summary.halted, samples.len(), rules.share);
+        let halted: Vec<bool> = recent.iter().map(|sample| sample.mode == Mode::Halted).collect();
+        let idle = halted.iter().filter(|&&yes| yes).count();
+        summary.idle = windows(&halted, rules) >= rules.windows && enough(idle, halted.len(), rules.share);
         summary
     }
 
@@ -220,6 +233,14 @@ mod tests {
         let samples: Vec<Sample> = (0..20).map(|n| kernel(n, &[places[n as usize % 4]])).collect();
         let summary = summary(&samples);
         assert!(!summary.spins, "{summary:#?}");
+    }
+
+    #[test]
+    fn work_that_ended_as_the_loop_began_does_not_hide_it() {
+        let before = (0..4).map(|n| kernel(n, &["migrate_vma_setup"]));
+        let samples: Vec<Sample> = before.chain((0..16).map(spin)).collect();
+        let summary = summary(&samples);
+        assert!(summary.spins && summary.judged == 15, "{summary:#?}");
     }
 
     #[test]

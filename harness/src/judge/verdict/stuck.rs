@@ -258,7 +258,7 @@ fn samples(cpu: &CpuSummary, weight: Weight) -> Evidence {
             "CPU {}: {} of {} samples in {}, at {} addresses",
             cpu.cpu,
             cpu.in_tree,
-            cpu.samples - cpu.torn,
+            cpu.judged - cpu.torn,
             chain(&trunk, 4),
             cpu.distinct_ips
         )

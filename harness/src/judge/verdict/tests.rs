@@ -153,6 +153,7 @@ fn spinning(cpu: u32) -> CpuSummary {
     CpuSummary {
         cpu,
         samples: 50,
+        judged: 50,
         kernel: 50,
         trunk: trunk.map(str::to_owned).to_vec(),
         in_tree: 50,
