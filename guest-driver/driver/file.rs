@@ -169,7 +169,7 @@ impl OpenFile {
             uapi::HMM_DMIRROR_MIGRATE_TO_DEV => {
                 self.dmirror_migrate(session, pagemap, uapi::TO_DEVICE, command)?;
                 // What the device has now, for user space to compare.
-                self.dmirror_access(session, pagemap, false, command)
+                self.mirror.read_back(session, pagemap, command)
             }
             uapi::HMM_DMIRROR_MIGRATE_TO_SYS => {
                 self.dmirror_migrate(session, pagemap, uapi::TO_SYSTEM, command)

@@ -113,6 +113,8 @@ pub(crate) struct Mirror {
 enum Transfer {
     /// The device reads the process; what it read goes out here.
     Read(UserSliceWriter),
+    /// The same, but only what is on the device already; nothing is faulted in.
+    ReadBack(UserSliceWriter),
     /// The device writes the process; what it writes comes from here.
     Write(UserSliceReader),
 }
@@ -180,11 +182,57 @@ impl Mirror {
             UserPtr::from_addr(usize::try_from(req.ptr)?),
             range.end - range.start,
         );
-        let mut transfer = match req.write {
+        let transfer = match req.write {
             0 => Transfer::Read(user.writer()),
             1 => Transfer::Write(user.reader()),
             _ => return Err(EINVAL),
         };
+
+        self.transfer(session, pagemap, range, owner, transfer, req)
+    }
+
+    /// Serves the second half of `HMM_DMIRROR_MIGRATE_TO_DEV`: reads what the device has of the process, as upstream
+    /// does.
+    ///
+    /// # Errors
+    ///
+    /// `ENOENT` if a page is not on this device, and those of [`Mirror::access`].
+    pub(crate) fn read_back(
+        &self,
+        session: &Session<'_>,
+        pagemap: &VramPagemap,
+        req: &mut uapi::DmirrorCmd,
+    ) -> Result {
+        let range = user_range(req.addr, req.npages)?;
+        let user = UserSlice::new(
+            UserPtr::from_addr(usize::try_from(req.ptr)?),
+            range.end - range.start,
+        );
+        let transfer = Transfer::ReadBack(user.writer());
+        let mut access = uapi::Access::default();
+
+        self.transfer(
+            session,
+            pagemap,
+            range,
+            Some(pagemap.owner()),
+            transfer,
+            &mut access,
+        )?;
+        (req.cpages, req.faults) = (access.cpages, 0);
+        Ok(())
+    }
+
+    /// Moves user data between `range` of the process and `transfer`, chunk by chunk; counts in `req`.
+    fn transfer(
+        &self,
+        session: &Session<'_>,
+        pagemap: &VramPagemap,
+        range: Range<usize>,
+        owner: Option<Owner>,
+        mut transfer: Transfer,
+        req: &mut uapi::Access,
+    ) -> Result {
         let mm = self.mm().mmget_not_zero().ok_or(ESRCH)?;
         let room = cmp::min(range.end - range.start, CHUNK * PAGE_SIZE);
         let mut bounce = KVec::from_elem(0u8, room, GFP_KERNEL)?;
@@ -205,7 +253,7 @@ impl Mirror {
                 user.read_slice(&mut bounce)?;
             }
             self.access_chunk(&chunk, &transfer, &mut bounce, req)?;
-            if let Transfer::Read(user) = &mut transfer {
+            if let Transfer::Read(user) | Transfer::ReadBack(user) = &mut transfer {
                 user.write_slice(&bounce)?;
             }
             // CAST: `usize` has 64 bits.
@@ -224,6 +272,7 @@ impl Mirror {
     ) -> Result {
         let (request, bounce_direction) = match transfer {
             Transfer::Read(_) => (Request::Read, DataDirection::FromDevice),
+            Transfer::ReadBack(_) => (Request::Snapshot, DataDirection::FromDevice),
             Transfer::Write(_) => (Request::Write, DataDirection::ToDevice),
         };
         let stats = &chunk.session.stats;
@@ -302,7 +351,8 @@ struct Chunk<'a> {
 }
 
 impl Chunk<'_> {
-    /// Copies between the pages, which stay where they are as long as `mapped` exists, and the bounce buffer.
+    /// Copies between the pages, which stay where they are as long as `mapped` exists, and the bounce buffer. Without
+    /// a fault, only pages of the device count.
     fn copy<T: Invalidate>(
         &self,
         mapped: &Mapped<'_, '_, T>,
@@ -327,11 +377,14 @@ impl Chunk<'_> {
             .take(self.pages)
             .enumerate()
         {
-            let Entry::Page(page) = mapped.entry(index) else {
-                return Err(EFAULT);
+            let page = match mapped.entry(index) {
+                Entry::Page(page) => page,
+                Entry::None | Entry::Error if request == Request::Snapshot => return Err(ENOENT),
+                Entry::None | Entry::Error => return Err(EFAULT),
             };
             let page = match page.memory() {
                 Memory::Device(page) => self.pagemap.locate(&page)?,
+                Memory::System(_) if request == Request::Snapshot => return Err(ENOENT),
                 Memory::System(page) => {
                     let mapping =
                         mapping.insert(PageMapping::new(self.session.device(), page, direction)?);
