@@ -82,11 +82,13 @@ fn storm(
     let machine = Machine::detect();
     let overrides = params.iter().map(|(name, value)| (name.as_str(), value.as_str()));
     let prepared = prepare(name, control, overrides, machine).map_err(|e| (2, e.to_string()))?;
-    if let Some(preempt) = control.and_then(|control| preempt_of(name, control)) {
-        println!(
-            "This control needs a kernel booted with preempt={preempt}; this one has: {}.",
-            preempt_model()
-        );
+    let model = preempt_model();
+    if let Some(wanted) =
+        control.and_then(|control| preempt_of(name, control)).filter(|wanted| *wanted != model)
+    {
+        let message =
+            format!("this control needs a guest booted with preempt={wanted}, and this one has {model}");
+        return Err((2, message));
     }
     let outcome =
         supervise(&prepared, seed, machine, &Sink::Terminal, heartbeat).map_err(|e| (3, e.to_string()))?;

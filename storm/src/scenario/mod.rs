@@ -99,13 +99,13 @@ pub(crate) enum ScenarioError {
     #[error(transparent)]
     Definition(#[from] DefinitionError),
     /// The machine has too little.
-    #[error("{scenario} needs {needed} {what} and this guest has {found}")]
+    #[error("{scenario} needs {needed} {what}{} and this guest has {found}", if *needed == 1 { "" } else { "s" })]
     Machine {
         /// The scenario, with the parameter that asks for more than usual, if one does.
         scenario: String,
         /// How many.
         needed: usize,
-        /// Of what.
+        /// Of what, in the singular.
         what: &'static str,
         /// How many there are.
         found: usize,
@@ -162,7 +162,7 @@ pub(crate) fn prepare<'a>(
     let control = control.map(|control| definition.control(control)).transpose()?;
     let parameters = definition.parameters(control, overrides)?;
     let needs = &definition.needs;
-    for (what, needed, found) in [("GPUs", needs.gpus, machine.gpus), ("CPUs", needs.cpus, machine.cpus)] {
+    for (what, needed, found) in [("GPU", needs.gpus, machine.gpus), ("CPU", needs.cpus, machine.cpus)] {
         if found < needed {
             return Err(ScenarioError::Machine { scenario: name.to_owned(), needed, what, found });
         }

@@ -79,7 +79,7 @@ impl DrainLivelock {
             return Err(ScenarioError::Machine {
                 scenario: format!("drain-livelock ({reason})"),
                 needed: first_cpu + faulters,
-                what: "CPUs",
+                what: "CPU",
                 found: machine.cpus,
             });
         }
