@@ -288,7 +288,8 @@ fn source_list(entry: &Entry, pin: &ArchivePin) -> Result<String, BuildError> {
     let line = |kind: &str, suite: &String| {
         format!("{kind} [signed-by={}] {} {suite} {components}\n", keyring.display(), entry.uri)
     };
-    Ok(pin.suites.iter().flat_map(|suite| [line("deb", suite), line("deb-src", suite)]).collect())
+    let packages = pin.suites.iter().map(|suite| line("deb", suite));
+    Ok(packages.chain(pin.source_suites.iter().map(|suite| line("deb-src", suite))).collect())
 }
 
 /// A line of `--print-uris`: `'URI' name size SHA256:hex`.

@@ -24,15 +24,15 @@ pub enum BuildError {
     },
 
     /// The file system is full, or would be before the work is done. Nothing half-written was kept.
-    #[error("no space left: {what} needs about {needed_mib} MiB in {}, which has {available_mib} MiB free; \
-             free some, or choose another place with --cache DIR or HMMSTORM_CACHE", path.display())]
+    #[error("no space left: {what}{}; where {} is, {available_mib} MiB are free; free some, or choose another place \
+             with --cache DIR or HMMSTORM_CACHE", needs(*needed_mib), path.display())]
     NoSpace {
         /// The work that needs the space.
         what: String,
         /// Where.
         path: PathBuf,
-        /// Estimate, MiB.
-        needed_mib: u64,
+        /// Estimate, MiB, if there is one.
+        needed_mib: Option<u64>,
         /// Free for this user, MiB.
         available_mib: u64,
     },
@@ -139,6 +139,10 @@ pub enum BuildError {
     },
 }
 
+fn needs(mib: Option<u64>) -> String {
+    mib.map_or_else(String::new, |mib| format!(" needs about {mib} MiB"))
+}
+
 fn indent(text: &str) -> String {
     text.lines().map(|line| format!("\n    {line}")).collect()
 }
@@ -164,7 +168,7 @@ impl<T> IoContext<T> for io::Result<T> {
     fn on(self, action: &'static str, path: &Path) -> Result<T, BuildError> {
         self.map_err(|source| {
             if source.kind() == io::ErrorKind::StorageFull {
-                return no_space(&format!("to {action} {}", path.display()), path, 0);
+                return no_space(&format!("cannot {action} {}", path.display()), path, None);
             }
             BuildError::Io { action, path: path.to_owned(), source }
         })
@@ -172,11 +176,11 @@ impl<T> IoContext<T> for io::Result<T> {
 }
 
 /// A [`BuildError::NoSpace`] that says how much is free where `path` is.
-pub(super) fn no_space(what: &str, path: &Path, needed_mib: u64) -> BuildError {
+pub(super) fn no_space(what: &str, path: &Path, needed_mib: Option<u64>) -> BuildError {
     BuildError::NoSpace {
         what: what.to_owned(),
         path: path.to_owned(),
-        needed_mib: needed_mib.max(1),
+        needed_mib,
         available_mib: available_mib(path).unwrap_or(0),
     }
 }
@@ -191,7 +195,7 @@ pub(super) fn available_mib(path: &Path) -> Option<u64> {
 /// Fails unless about `needed_mib` are free where `path` is.
 pub(super) fn require_space(what: &str, path: &Path, needed_mib: u64) -> Result<(), BuildError> {
     match available_mib(path) {
-        Some(available) if available < needed_mib => Err(no_space(what, path, needed_mib)),
+        Some(available) if available < needed_mib => Err(no_space(what, path, Some(needed_mib))),
         _ => Ok(()),
     }
 }

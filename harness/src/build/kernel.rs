@@ -177,14 +177,21 @@ impl<'a> LiveTree<'a> {
         key
     }
 
-    /// Builds the modules of `source` out of tree, with all their objects in `objects`. The caller has taken the lock.
-    pub(super) fn build_modules(&self, what: &str, source: &Path, objects: &Path) -> Result<(), BuildError> {
+    /// Builds the modules of `source` out of tree, with all their objects in `objects` and `setting` for make. The
+    /// caller has taken the lock.
+    pub(super) fn build_modules(
+        &self,
+        what: &str,
+        source: &Path,
+        objects: &Path,
+        setting: &str,
+    ) -> Result<(), BuildError> {
         if self.objects()?.modules != self.modules_key().hex() {
             self.make_objects()?;
         }
         fs::create_dir_all(objects).on("create", objects)?;
         self.kbuild().make(what, &["modules"], None, |command| {
-            command.arg(assignment("M", source)).arg(assignment("MO", objects));
+            command.arg(assignment("M", source)).arg(assignment("MO", objects)).arg(setting);
         })?;
         Ok(())
     }

@@ -29,6 +29,7 @@ pub mod toolchain;
 pub use cache::Cache;
 pub use error::BuildError;
 pub use image::{Image, Provenance};
+pub use module::SOURCE_PREFIX;
 pub use pins::Pins;
 pub use prepare::{Builder, Request};
 pub use progress::Progress;

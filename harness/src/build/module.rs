@@ -13,6 +13,9 @@ use super::{BuildError, Cache, hash};
 pub(super) const DRIVER: &str = "hsgpu";
 /// Its source, relative to the repository.
 const SOURCE: &str = "guest-driver/driver";
+/// What its debug information has instead of the repository's path: the same module comes out of every checkout, and
+/// gdb finds the source with `set substitute-path`.
+pub const SOURCE_PREFIX: &str = "/hmmstorm";
 /// What it compiles in by `#[path]`, relative to the repository.
 const INTERFACE: &str = "abi/src";
 
@@ -20,17 +23,17 @@ const INTERFACE: &str = "abi/src";
 pub(super) fn driver(tree: &LiveTree<'_>, repo: &Path, cache: &Cache) -> Result<PathBuf, BuildError> {
     let source = repo.join(SOURCE);
     let sha256 = source_sha256(repo)?;
-    // The path as well: it is in the debug information, by which gdb finds the source.
-    let path = source.display().to_string();
-    let key = tree.modules_key().with("driver", &sha256).with("path", &path).short();
+    let key = tree.modules_key().with("driver", &sha256).with("prefix", SOURCE_PREFIX).short();
     let dest = cache.path("modules").join(format!("{DRIVER}-{key}"));
     let file = dest.join(format!("{DRIVER}.ko"));
     if file.is_file() {
         return Ok(file);
     }
-    let objects =
-        tree.objects_dir(&format!("{DRIVER}-{}", Key::new("objects-1").with("path", &path).short()));
-    tree.build_modules(&format!("building {DRIVER}.ko"), &source, &objects)?;
+    // One folder per checkout: make compares its files' times with those of the objects.
+    let checkout = Key::new("objects-1").with("path", repo.as_os_str().as_encoded_bytes()).short();
+    let objects = tree.objects_dir(&format!("{DRIVER}-{checkout}"));
+    let remap = format!("KRUSTFLAGS=--remap-path-prefix={}={SOURCE_PREFIX}", repo.display());
+    tree.build_modules(&format!("building {DRIVER}.ko"), &source, &objects, &remap)?;
     let built = objects.join(format!("{DRIVER}.ko"));
     cache.publish(&dest, |dir| {
         fs::copy(&built, dir.join(format!("{DRIVER}.ko"))).map(|_| ()).on("copy", &built)

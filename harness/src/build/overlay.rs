@@ -184,6 +184,7 @@ fn copy(source: &Path, dest: &Path) -> Result<(), BuildError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::slice::from_ref;
     use std::time::SystemTime;
 
     struct Tree {
@@ -246,10 +247,10 @@ mod tests {
         let dir = tempfile::tempdir().expect("temporary folder");
         let [a, again, new] =
             [("a", A), ("again", A_AGAIN), ("new", NEW)].map(|(n, d)| patch(dir.path(), n, d));
-        assert_eq!(tree.switch(&[a.clone()]).expect("switch"), [Path::new("mm/a.c")]);
+        assert_eq!(tree.switch(from_ref(&a)).expect("switch"), [Path::new("mm/a.c")]);
         assert_eq!(tree.fresh(), ["mm/a.c"]);
         // The same once more: nothing.
-        assert!(tree.switch(&[a.clone()]).expect("switch").is_empty());
+        assert!(tree.switch(from_ref(&a)).expect("switch").is_empty());
         // Another that adds to the first: a.c once, and the new file.
         let changed = tree.switch(&[a.clone(), again, new]).expect("switch");
         assert_eq!(changed, [Path::new("mm/a.c"), Path::new("mm/new.c")]);
@@ -277,7 +278,7 @@ mod tests {
         let tree = Tree::new();
         let dir = tempfile::tempdir().expect("temporary folder");
         let a = patch(dir.path(), "a", A);
-        tree.switch(&[a.clone()]).expect("switch");
+        tree.switch(from_ref(&a)).expect("switch");
         // As if killed in the middle of a switch to pristine: the state says so, and one file is wrong.
         let file = tree.root.join("overlay.json");
         let mut state: State = serde_json::from_slice(&fs::read(&file).expect("read")).expect("state");
@@ -293,7 +294,7 @@ mod tests {
         let tree = Tree::new();
         let dir = tempfile::tempdir().expect("temporary folder");
         let a = patch(dir.path(), "a", A);
-        tree.switch(&[a.clone()]).expect("switch");
+        tree.switch(from_ref(&a)).expect("switch");
         let source = dir.path().join("source");
         fs::write(&source, "one\ntwo\nthree\nmore\n").expect("write");
         let overlay = Overlay::new(&tree.cache, &tree.root, "the test tree");

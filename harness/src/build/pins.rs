@@ -174,10 +174,12 @@ pub struct Toolchain {
 
 /// Which package archive, and whose keys.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct ArchivePin {
     /// Releases to read; packages are taken from the last one that has them.
     pub suites: Vec<String>,
+    /// Releases to take source packages from.
+    pub source_suites: Vec<String>,
     /// Components of them.
     pub components: Vec<String>,
     /// Architecture of the packages.

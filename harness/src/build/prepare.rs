@@ -201,7 +201,7 @@ impl Builder {
             libclang: tools.libclang.clone(),
         };
         // The folders of kernel and modules have keys as their names, so their paths stand for their content.
-        let mut key = Key::new("image-1")
+        let mut key = Key::new("image-2")
             .with("kernel", kernel.dir.as_os_str().as_encoded_bytes())
             .with("manifest", format!("{:?}", self.pins.initramfs))
             .with("storm", &provenance.storm_sha256)
@@ -218,17 +218,22 @@ impl Builder {
                 Content { part: Part::Storm, name: "storm".into(), file: storm.to_owned() },
                 Content { part: Part::Busybox, name: "busybox".into(), file: busybox.to_owned() },
             ];
+            let folder = dir.join("modules");
+            fs::create_dir(&folder).on("create", &folder)?;
             for (name, file) in &modules {
-                let stripped = scratch.path().join(format!("{name}.ko"));
+                let ko = format!("{name}.ko");
+                let stripped = scratch.path().join(&ko);
                 strip("--strip-debug", file, &stripped)?;
-                contents.push(Content { part: Part::Modules, name: format!("{name}.ko"), file: stripped });
+                contents.push(Content { part: Part::Modules, name: ko.clone(), file: stripped });
+                // All in one folder, where gdb looks for them.
+                fs::hard_link(file, folder.join(ko)).on("link", file)?;
             }
             initramfs::write(&self.pins.initramfs, &contents, &dir.join("initramfs.cpio.gz"))?;
             let image = Image {
                 boot_kernel: kernel.dir.join("boot"),
                 vmlinux: kernel.dir.join("vmlinux"),
                 initramfs: dest.join("initramfs.cpio.gz"),
-                modules,
+                modules: modules.keys().map(|n| (n.clone(), dest.join(format!("modules/{n}.ko")))).collect(),
                 provenance,
             };
             image.save(&dir.join("image.json"))

@@ -25,6 +25,9 @@ const KEPT_LINES: usize = 400;
 /// Lines of the error message.
 const TAIL_LINES: usize = 12;
 
+/// What programs say, in the C locale, when a file system is full.
+const FULL: &str = "No space left on device";
+
 /// A command that gets SIGTERM when the thread that starts it ends, however that comes about.
 ///
 /// `setpriv` sets the parent-death signal and becomes the program. Without it (it is part of util-linux) the program
@@ -75,14 +78,16 @@ impl Job<'_> {
     ) -> Result<(), BuildError> {
         self.progress.check()?;
         let program = show(&command);
+        command.env("LC_ALL", "C");
         self.progress.detail(format_args!("+ {program}"));
         let mut log = open_log(self.log)?;
         writeln!(log, "+ {program}").on("write", self.log)?;
         let (reader, writer) = io::pipe().on("make a pipe for", self.log)?;
         let stderr = writer.try_clone().on("make a pipe for", self.log)?;
-        let mut child = command.stdin(Stdio::null()).stdout(writer).stderr(stderr).spawn().map_err(|e| {
+        let child = command.stdin(Stdio::null()).stdout(writer).stderr(stderr).spawn().map_err(|e| {
             BuildError::Tool { tool: program.clone(), reason: format!("cannot be started: {e}") }
         })?;
+        let mut child = Running(child);
         drop(command); // and with it the pipe's write ends, or the reader would never see the end
         let lines = read_lines(reader);
         let mut kept = VecDeque::new();
@@ -104,12 +109,11 @@ impl Job<'_> {
             }
             tick();
             if self.progress.check().is_err() {
-                end(&mut child);
                 let _ = log.flush();
                 return Err(BuildError::Interrupted);
             }
             if exited.is_none() {
-                exited = child.try_wait().on("wait for the program behind", self.log)?;
+                exited = child.0.try_wait().on("wait for the program behind", self.log)?;
             }
         }
         log.flush().on("write", self.log)?;
@@ -121,8 +125,8 @@ impl Job<'_> {
     }
 
     fn failure(&self, program: &str, status: ExitStatus, lines: &VecDeque<String>) -> BuildError {
-        if lines.iter().any(|l| l.contains("No space left on device")) {
-            return no_space(self.what, self.log, 0);
+        if lines.iter().any(|l| l.contains(FULL)) {
+            return no_space(&format!("{} failed", self.what), self.log, None);
         }
         BuildError::Command {
             what: self.what.to_owned(),
@@ -168,20 +172,28 @@ fn read_lines(reader: impl Read + Send + 'static) -> mpsc::Receiver<String> {
     receiver
 }
 
-/// Ends a child: SIGTERM, and SIGKILL when that does not help.
-fn end(child: &mut Child) {
-    if let Some(pid) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) {
-        let _ = kill_process(pid, Signal::TERM);
-    }
-    let deadline = Instant::now() + GRACE;
-    while Instant::now() < deadline {
-        if !matches!(child.try_wait(), Ok(None)) {
+/// A child that is ended, if it has not ended by itself, when this is dropped: by SIGTERM, and by SIGKILL when that does
+/// not help.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if !matches!(self.0.try_wait(), Ok(None)) {
             return;
         }
-        thread::sleep(TICK);
+        if let Some(pid) = i32::try_from(self.0.id()).ok().and_then(Pid::from_raw) {
+            let _ = kill_process(pid, Signal::TERM);
+        }
+        let deadline = Instant::now() + GRACE;
+        while Instant::now() < deadline {
+            if !matches!(self.0.try_wait(), Ok(None)) {
+                return;
+            }
+            thread::sleep(TICK);
+        }
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
-    let _ = child.kill();
-    let _ = child.wait();
 }
 
 fn open_log(path: &Path) -> Result<BufWriter<File>, BuildError> {
@@ -196,11 +208,21 @@ fn open_log(path: &Path) -> Result<BufWriter<File>, BuildError> {
 pub(super) fn capture(command: &mut Command) -> Result<String, BuildError> {
     let program = show(command);
     let output = command
+        .env("LC_ALL", "C")
         .stdin(Stdio::null())
         .output()
         .map_err(|e| BuildError::Tool { tool: program.clone(), reason: format!("cannot be started: {e}") })?;
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);
+        if said.contains(FULL) {
+            let place = command
+                .get_args()
+                .map(Path::new)
+                .filter(|a| a.is_absolute())
+                .last()
+                .unwrap_or(Path::new("."));
+            return Err(no_space(&program, place, None));
+        }
         let reason = format!("ended with {}: {}", output.status, said.trim());
         return Err(BuildError::Tool { tool: program, reason });
     }
