@@ -1,9 +1,13 @@
-//! Machines made of scripts in place of QEMU and device: what goes wrong, and that nothing is left behind.
+//! Machines made of fakes in place of QEMU and device: how each end of a machine is told, and that nothing is left
+//! behind. The fakes are this test binary itself: see `fake_device` and `fake_qemu`.
 
+use std::env;
 use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{self, Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -81,33 +85,78 @@ impl Lab {
     }
 }
 
-/// Says ready, makes a control socket that nobody serves, and lives until stdin ends.
-const GOOD_DEVICE: &str = r#"
-while [ $# -gt 1 ]; do [ "$1" = --socket-dir ] && dir=$2; shift; done
-python3 - "$dir" <<'P' >&2
-import socket, sys
-socket.socket(socket.AF_UNIX).bind(sys.argv[1] + "/control.sock")
-s = socket.socket(socket.AF_UNIX)
-import os
-os.unlink(sys.argv[1] + "/control.sock")
-s.bind(sys.argv[1] + "/control.sock")
-s.listen()
-if os.fork() == 0:
-    os.setsid()
-    import time
-    s.settimeout(30)
-    try: s.accept()
-    except OSError: pass
-    os._exit(0)
-P
-echo $$ > "${0%device}device.pid"
-echo '{"ready":true}'
-exec cat > /dev/null
-"#;
+/// A script that becomes one of the fakes below.
+fn fake(test: &str, setting: &str) -> String {
+    let me = env::current_exe().expect("path");
+    format!(
+        r#"echo $$ > "$0.pid"; FAKE={setting} FAKE_ARGS="$*" exec '{}' --ignored --exact {test} --nocapture"#,
+        me.display()
+    )
+}
+
+/// What follows `before` in the arguments of a fake, up to a blank or comma.
+fn argument(before: &str) -> Option<PathBuf> {
+    let args = env::var("FAKE_ARGS").ok()?;
+    let (_, rest) = args.split_once(before)?;
+    rest.split([' ', ',']).next().map(PathBuf::from)
+}
+
+#[test]
+#[ignore = "a device for the other tests"]
+fn fake_device() {
+    let Some(dir) = argument("--socket-dir ") else { return };
+    let _control = UnixListener::bind(dir.join("control.sock")).expect("bind");
+    println!("{{\"ready\":true}}");
+    std::io::stdin().read_to_end(&mut Vec::new()).expect("stdin");
+    process::exit(0);
+}
+
+#[test]
+#[ignore = "a QEMU for the other tests"]
+fn fake_qemu() {
+    let (Some(console), Some(qmp)) =
+        (argument("id=console,server=off,path="), argument("id=qmp,server=off,path="))
+    else {
+        return;
+    };
+    let mut console = UnixStream::connect(console).expect("console");
+    let mut qmp = UnixStream::connect(qmp).expect("QMP");
+    let version = r#"{"qemu":{"micro":3,"minor":1,"major":11},"package":""}"#;
+    writeln!(qmp, r#"{{"QMP":{{"version":{version},"capabilities":[]}}}}"#).expect("greeting");
+    BufReader::new(qmp.try_clone().expect("clone")).read_line(&mut String::new()).expect("qmp_capabilities");
+    writeln!(qmp, r#"{{"return":{{}}}}"#).expect("answer");
+    let mut events =
+        fs::File::options().append(true).open(argument("id=events,path=").expect("events")).expect("events");
+    // In two pieces, as the follower must cope with.
+    write!(events, r#"{{"t":1,"event":"hello","version":"0","#).expect("events");
+    writeln!(events, r#""kernel":"fake","cpus":1}}"#).expect("events");
+    writeln!(console, "a line from the guest").expect("console");
+    let mut shutdown = |reason: &str| {
+        let data = format!(r#"{{"guest":true,"reason":"{reason}"}}"#);
+        let stamp = r#"{"seconds":1,"microseconds":0}"#;
+        writeln!(qmp, r#"{{"timestamp":{stamp},"event":"SHUTDOWN","data":{data}}}"#).expect("event");
+    };
+    match env::var("FAKE").as_deref() {
+        Ok("poweroff") => shutdown("guest-shutdown"),
+        Ok("reset") => shutdown("guest-reset"),
+        Ok("crash") => {
+            eprintln!("util/error.c:62: assertion");
+            process::abort();
+        }
+        _ => {
+            console.read_to_end(&mut Vec::new()).expect("console");
+        }
+    }
+    process::exit(0);
+}
+
+fn good_device() -> String {
+    fake("fake_device", "")
+}
 
 #[test]
 fn a_qemu_that_refuses_to_start_is_exit_code_3_with_its_own_words() {
-    let lab = Lab::new("echo 'qemu: no such machine' >&2; exit 1", GOOD_DEVICE);
+    let lab = Lab::new("echo 'qemu: no such machine' >&2; exit 1", &good_device());
     let (code, stderr) = lab.fails();
     assert_eq!(code, Some(3), "{stderr}");
     assert!(stderr.contains("QEMU ended by itself (exit status: 1)"), "{stderr}");
@@ -124,7 +173,44 @@ fn a_device_that_dies_is_exit_code_3_with_its_own_words() {
     assert_eq!(lab.socket_folders(), 0);
 }
 
-/// Waits until the fake QEMU has written its pid.
+#[test]
+fn every_end_of_a_guest_has_its_exit_code() {
+    for (end, expected, words) in [
+        ("poweroff", 0, ""),
+        ("reset", 1, "the guest reset itself"),
+        ("crash", 3, "QEMU ended by itself (signal: 6 (SIGABRT)"),
+    ] {
+        let lab = Lab::new(&fake("fake_qemu", end), &good_device());
+        let output = lab.run().output().expect("hmmstorm");
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(expected), "{end}: {stderr}");
+        assert!(stderr.contains(words), "{end}: {stderr}");
+        assert_eq!(String::from_utf8_lossy(&output.stdout), "a line from the guest\n", "{end}");
+        assert_eq!(lab.socket_folders(), 0, "{end}");
+        for file in ["qemu.cmdline", "device.cmdline", "events.jsonl", "console.log"] {
+            assert!(lab.path("run").join(file).is_file(), "{end}: {file}");
+        }
+    }
+}
+
+#[test]
+fn a_device_that_is_killed_under_a_running_guest_is_named() {
+    let lab = Lab::new(&fake("fake_qemu", "stay"), &good_device());
+    let mut harness = lab.run().stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("hmmstorm");
+    // The guest's first words: both run.
+    let mut stdout = BufReader::new(harness.stdout.take().expect("piped"));
+    stdout.read_line(&mut String::new()).expect("a line");
+    let device = pid_from(&lab.path("device.pid"), &mut harness);
+    let qemu = pid_from(&lab.path("qemu.pid"), &mut harness);
+    rustix::process::kill_process(device, rustix::process::Signal::KILL).expect("kill");
+    let output = harness.wait_with_output().expect("wait");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(3), "{stderr}");
+    assert!(stderr.contains("the device ended while the guest ran (signal: 9 (SIGKILL))"), "{stderr}");
+    ends(qemu, "QEMU");
+}
+
+/// Waits until a fake has written its pid.
 fn pid_from(path: &Path, harness: &mut Child) -> Pid {
     let limit = Instant::now() + SOON;
     loop {
@@ -147,12 +233,12 @@ fn ends(pid: Pid, what: &str) {
     assert_eq!(n, 1, "{what} (pid {pid:?}) still runs");
 }
 
-/// A QEMU that never connects to anybody, and has a child of its own.
-const STUCK_QEMU: &str = r#"echo $$ > "${0%qemu}qemu.pid"; exec sleep 1000"#;
+/// A QEMU that never connects to anybody.
+const STUCK_QEMU: &str = r#"echo $$ > "$0.pid"; exec sleep 1000"#;
 
 #[test]
 fn a_killed_harness_takes_everything_with_it() {
-    let lab = Lab::new(STUCK_QEMU, GOOD_DEVICE);
+    let lab = Lab::new(STUCK_QEMU, &good_device());
     let mut harness = lab.run().stderr(Stdio::null()).spawn().expect("hmmstorm");
     let qemu = pid_from(&lab.path("qemu.pid"), &mut harness);
     let device = pid_from(&lab.path("device.pid"), &mut harness);
@@ -164,7 +250,7 @@ fn a_killed_harness_takes_everything_with_it() {
 
 #[test]
 fn an_interrupted_harness_ends_everything_and_says_so() {
-    let lab = Lab::new(STUCK_QEMU, GOOD_DEVICE);
+    let lab = Lab::new(STUCK_QEMU, &good_device());
     let mut harness = lab.run().stderr(Stdio::piped()).spawn().expect("hmmstorm");
     let qemu = pid_from(&lab.path("qemu.pid"), &mut harness);
     let pid = Pid::from_child(&harness);

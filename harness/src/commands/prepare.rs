@@ -1,6 +1,7 @@
 //! From options to a machine that has said hello: what `run`, `storm` and `gdb` have in common.
 
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -10,6 +11,9 @@ use crate::build::{BuildError, Builder, Image};
 use crate::cli::{Accel, Context, Error, ImageArgs, MachineArgs};
 use crate::vm::command::{BootFiles, QemuProgram, Sockets};
 use crate::vm::{self, Boot, Engine, Guest, Machine, Occurrence, RunFolder, Spec, accel};
+
+/// Default run folders that are kept in the cache.
+const KEPT_RUNS: usize = 100;
 
 /// What is to be booted, with what, and where its logs go.
 #[derive(Clone, Debug)]
@@ -78,6 +82,7 @@ impl Prepared {
     /// The folder for the logs: `--folder`, or a new one in the cache, named after the time and `kind`.
     pub fn folder(&self, kind: &str, ctx: &Context) -> Result<RunFolder, Error> {
         let dir = self.folder.clone().unwrap_or_else(|| {
+            prune(&ctx.cache.join("runs"));
             let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
             ctx.cache.join("runs").join(format!("{seconds}-{}-{kind}", process::id()))
         });
@@ -102,6 +107,16 @@ impl Prepared {
             }
             result => Ok(result?),
         }
+    }
+}
+
+/// Removes the oldest default run folders but [`KEPT_RUNS`]. A failure is of no consequence.
+fn prune(runs: &Path) {
+    let entries = fs::read_dir(runs).into_iter().flatten().flatten();
+    let mut dirs: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();
+    dirs.sort(); // their names begin with the time
+    for dir in dirs.iter().rev().skip(KEPT_RUNS) {
+        let _ = fs::remove_dir_all(dir);
     }
 }
 

@@ -37,7 +37,7 @@ pub enum Error {
     #[error(transparent)]
     Spawn(#[from] SpawnError),
     /// It ended before it was ready.
-    #[error("the device ended before it was ready ({status}); its log is {}{}", log.display(), super::machine::last_words(log))]
+    #[error("the device ended before it was ready ({status}); its log is {}{}", log.display(), super::error::last_words(log))]
     Died {
         /// How.
         status: ExitStatus,
@@ -45,7 +45,7 @@ pub enum Error {
         log: PathBuf,
     },
     /// It is not ready in time.
-    #[error("waited {} s for the device's ready line; its log is {}{}", START.as_secs(), log.display(), super::machine::last_words(log))]
+    #[error("waited {} s for the device's ready line; its log is {}{}", START.as_secs(), log.display(), super::error::last_words(log))]
     NotReady {
         /// Its stderr.
         log: PathBuf,

@@ -18,6 +18,9 @@ pub struct RunFolder {
     dir: PathBuf,
 }
 
+/// Bytes that must be free for a run's logs.
+const LEAST_SPACE: u64 = 32 << 20;
+
 impl RunFolder {
     /// A folder that may not exist yet.
     pub fn at(dir: impl Into<PathBuf>) -> Self {
@@ -28,6 +31,12 @@ impl RunFolder {
     pub fn create(dir: impl AsRef<Path>) -> io::Result<Self> {
         let dir = std::path::absolute(dir)?;
         fs::create_dir_all(&dir)?;
+        let stat = rustix::fs::statvfs(&dir)?;
+        if stat.f_bavail.saturating_mul(stat.f_frsize) < LEAST_SPACE {
+            // QEMU drops what it cannot write, and a guest that seems to say nothing would be taken for a dead one.
+            let why = format!("less than {} MiB free there", LEAST_SPACE >> 20);
+            return Err(io::Error::new(io::ErrorKind::StorageFull, why));
+        }
         let folder = Self { dir };
         for path in [folder.console(), folder.events(), folder.qemu_log(), folder.device_log()] {
             File::create(path)?;

@@ -106,6 +106,9 @@ pub enum Error {
     /// Guest memory could not be made or reached.
     #[error("guest memory: {0}")]
     Memory(String),
+    /// A fault while the guest handled a fault: an interrupt, a descriptor or a privilege change did not work.
+    #[error("64-bit guest code that takes interrupts and enters user mode crashes (triple fault)")]
+    Crash,
     /// The guest ended otherwise than by its system call.
     #[error("64-bit guest code ended with {0} in place of its system call")]
     Exit(String),
@@ -145,8 +148,10 @@ pub fn prove() -> Result<(), Error> {
     let mut vcpu = vm.create_vcpu(0).map_err(step("KVM_CREATE_VCPU"))?;
     enter_long_mode(&vcpu)?;
     let exit = vcpu.run().map_err(step("KVM_RUN"))?;
-    if !matches!(exit, VcpuExit::IoOut(DONE, _)) {
-        return Err(Error::Exit(format!("{exit:?}")));
+    match exit {
+        VcpuExit::IoOut(DONE, _) => {}
+        VcpuExit::Shutdown => return Err(Error::Crash),
+        other => return Err(Error::Exit(format!("{other:?}"))),
     }
     let found: u64 = memory.read_obj(GuestAddress(RESULT)).map_err(|e| Error::Memory(e.to_string()))?;
     let expected = A.wrapping_mul(B);

@@ -7,6 +7,7 @@ pub mod accel;
 pub mod children;
 pub mod command;
 pub mod device;
+mod error;
 pub mod events;
 pub mod folder;
 pub mod kvm;
@@ -19,8 +20,9 @@ mod sockets;
 pub mod spec;
 pub mod terminal;
 
+pub use error::{End, Error};
 pub use folder::RunFolder;
-pub use machine::{Boot, End, Error, Machine, Occurrence};
+pub use machine::{Boot, Machine, Occurrence};
 pub use profile::{Detectors, Profile};
 pub use size::Size;
 pub use spec::{Clock, Console, Engine, Guest, Spec};

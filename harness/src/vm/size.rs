@@ -45,7 +45,7 @@ impl FromStr for Size {
 impl fmt::Display for Size {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mib = self.0 >> 20;
-        if mib % 1024 == 0 { write!(f, "{}G", mib / 1024) } else { write!(f, "{mib}M") }
+        if mib.is_multiple_of(1024) { write!(f, "{}G", mib / 1024) } else { write!(f, "{mib}M") }
     }
 }
 

@@ -67,7 +67,6 @@ fn parameter(text: &str) -> Result<(String, String), String> {
 #[derive(Debug, Serialize)]
 struct Config<'a> {
     socket: PathBuf,
-    kernel_gdb: Option<PathBuf>,
     modules: &'a BTreeMap<String, PathBuf>,
     functions: PathBuf,
     breaks: Vec<Function>,
@@ -110,24 +109,27 @@ pub fn run(mut args: Args, ctx: &Context) -> Result<Outcome, Error> {
     let machine = Machine::boot(&prepared.boot, folder.clone(), &ctx.interrupt)?;
     let config = Config {
         socket: machine.sockets().gdb(),
-        kernel_gdb: kernel_scripts(&prepared.image.vmlinux),
         modules: &prepared.image.modules,
         functions: files.functions.clone(),
         breaks,
         result: args.batch.then(|| files.result.clone()),
     };
     fs::write(&files.config, serde_json::to_vec_pretty(&config)?)?;
-    if config.kernel_gdb.is_none() {
-        ctx.note("the kernel's own gdb scripts (lx-…) are not beside vmlinux; going on without them");
-    }
-
+    let vmlinux = std::path::absolute(&prepared.image.vmlinux)?;
     let mut command = Command::new(&args.program);
     command.args(["-q", "-nx"]).env("HMMSTORM_GDB", &files.config);
+    match kernel_scripts(&vmlinux) {
+        // gdb loads it with vmlinux, from a folder that it trusts.
+        Some(script) => {
+            command.arg("-iex").arg(format!("add-auto-load-safe-path {}", script.display()));
+        }
+        None => ctx.note("the kernel's own gdb scripts (lx-…) are not beside vmlinux; going on without them"),
+    }
     // lx-symbols looks for modules in the current folder (and, in 6.19, fails when it is given one).
     if let Some(dir) = prepared.image.modules.values().find_map(|m| m.parent()) {
         command.current_dir(dir);
     }
-    command.arg(std::path::absolute(&prepared.image.vmlinux)?).arg("-x").arg(&files.script);
+    command.arg(&vmlinux).arg("-x").arg(&files.script);
     if args.batch {
         batch(&args, command, machine, &files, ctx)
     } else {

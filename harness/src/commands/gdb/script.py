@@ -3,7 +3,6 @@
 #
 # HMMSTORM_GDB names a JSON file written by commands/gdb/mod.rs:
 #   socket       QEMU's gdb stub
-#   kernel_gdb   vmlinux-gdb.py of the kernel's build, or null
 #   modules      {name: unstripped .ko}
 #   functions    file with all functions [{name, module, section, address}], for hs-break
 #   breaks       functions to stop in, as above
@@ -28,6 +27,7 @@ class Modules:
         self.sections = {}
         self.waiting = [f for f in CONFIG["breaks"] if f["module"]]
         self.targets = set()
+        self.loaded_now = False
 
     def want(self, function):
         """Stops in a function, now or when its module comes."""
@@ -96,8 +96,9 @@ class ModuleLoaded(gdb.Breakpoint):
             MODULES.load(gdb.selected_frame().read_var("mod"))
         except (gdb.error, gdb.MemoryError, ValueError) as error:
             say("cannot read the module's sections: {}".format(error))
-        # Breakpoints must not be made here: stop only if there are some to make.
-        return any(f["module"] in MODULES.sections for f in MODULES.waiting)
+        # Breakpoints must not be made here: stop if there are some to make.
+        MODULES.loaded_now = any(f["module"] in MODULES.sections for f in MODULES.waiting)
+        return MODULES.loaded_now
 
 
 class Break(gdb.Command):
@@ -134,13 +135,13 @@ class Break(gdb.Command):
             MODULES.want(function)
 
 
-def continue_after_arming(event):
-    """Interactive: a stop that only served to set breakpoints goes on by itself."""
-    if isinstance(event, gdb.BreakpointEvent) and all(b.number < 0 for b in event.breakpoints):
-        def arm_and_go():
-            MODULES.arm()
-            gdb.execute("continue")
-        gdb.post_event(arm_and_go)
+def arm_at_stop(event):
+    """Interactive: a stop at a module's load that only served to set breakpoints. Going on is left to the user: a
+    `continue` of ours would take the prompt away."""
+    if MODULES.loaded_now:
+        MODULES.loaded_now = False
+        MODULES.arm()
+        say("the breakpoints in it are set; `continue` runs the module")
 
 
 def batch():
@@ -174,11 +175,6 @@ def batch():
 
 for line in ("pagination off", "confirm off", "print pretty on", "python print-stack full"):
     gdb.execute("set " + line)
-if CONFIG["kernel_gdb"]:
-    try:
-        gdb.execute("source " + CONFIG["kernel_gdb"])
-    except gdb.error as error:
-        say("the kernel's gdb scripts do not work here: {}".format(error))
 gdb.execute("target remote " + CONFIG["socket"], to_string=True)
 ModuleLoaded()
 Break()
@@ -193,7 +189,8 @@ if CONFIG["result"]:
         pass  # the stub hangs up as it dies
     gdb.execute("quit")
 else:
-    gdb.events.stop.connect(continue_after_arming)
+    gdb.events.stop.connect(arm_at_stop)
     say("the guest waits at its first instruction; `continue` boots it")
     say("modules: {} (symbols come as they load); hs-break TEXT stops in functions by readable name".format(
         ", ".join(sorted(CONFIG["modules"]))))
+    say("the kernel's lx-... commands speak C: in a Rust frame, `set language c` first")
