@@ -16,7 +16,8 @@ use crate::judge::sampler::Sampler;
 use crate::judge::scenario::{self, Control, Scenario};
 use crate::judge::symbols::Symbols;
 use crate::judge::verdict::{Judge, Limits, Verdict};
-use crate::vm::{self, Guest, Machine, RunFolder};
+use crate::vm::command::QemuProgram;
+use crate::vm::{self, Guest, RunFolder};
 use show::{Progress, Summary};
 use watch::{Seen, Watcher};
 
@@ -71,6 +72,7 @@ struct Storm<'a> {
     image: serde_json::Value,
     binaries: BTreeMap<String, String>,
     commit: Option<String>,
+    qemu_version: Option<String>,
 }
 
 /// Runs the command.
@@ -169,7 +171,8 @@ impl<'a> Storm<'a> {
         }
         let image = serde_json::to_value(&prepared.image.provenance)?;
         let commit = commit(&ctx.repo);
-        Ok(Self { ctx, prepared, scenario, control, expected, symbols, image, binaries, commit })
+        let qemu_version = version(&prepared.boot.qemu);
+        Ok(Self { ctx, prepared, scenario, control, expected, symbols, image, binaries, commit, qemu_version })
     }
 
     fn announce(&self, runs: u64, out: &Path) {
@@ -233,10 +236,8 @@ impl<'a> Storm<'a> {
         let watcher = Watcher::new(judge, sampler, &self.prepared.image.modules, deterministic);
         let mut progress = Progress::new(self.ctx, format!("seed {seed}"));
         let began = Instant::now();
-        let mut qemu_version = None;
         let seen = match prepared.start(folder.clone(), self.ctx) {
             Ok(mut machine) => {
-                qemu_version = version(&mut machine);
                 let seen = watcher.watch(&mut machine, |phase| progress.phase(phase));
                 machine.stop();
                 seen?
@@ -250,7 +251,7 @@ impl<'a> Storm<'a> {
             Err(error) => return Err(error),
         };
         drop(progress);
-        let record = self.record(seed, &prepared, &folder, seen, began.elapsed(), qemu_version)?;
+        let record = self.record(seed, &prepared, &folder, seen, began.elapsed())?;
         record::write_json(&folder.dir().join("verdict.json"), &record)?;
         print!("{}", show::run(&record, folder.dir()));
         Ok(record)
@@ -263,7 +264,6 @@ impl<'a> Storm<'a> {
         folder: &RunFolder,
         seen: Seen,
         total: Duration,
-        qemu_version: Option<String>,
     ) -> Result<Record, Error> {
         let Seen { judgement, verdict_at, judge, findings, device, driver, parameters, sampler } = seen;
         if judgement.verdict != Verdict::Pass && sampler.cpus() > 0 {
@@ -325,7 +325,7 @@ impl<'a> Storm<'a> {
             provenance: Provenance {
                 image: self.image.clone(),
                 binaries: self.binaries.clone(),
-                qemu_version,
+                qemu_version: self.qemu_version.clone(),
                 harness_version: env!("CARGO_PKG_VERSION").to_owned(),
                 harness_commit: self.commit.clone(),
                 command_line: std::env::args().collect(),
@@ -350,9 +350,11 @@ fn totals(judge: &Judge) -> Totals {
     }
 }
 
-/// QEMU's version in its own words.
-fn version(machine: &mut Machine) -> Option<String> {
-    machine.qmp().human("info version").ok().map(|version| version.trim().to_owned())
+/// QEMU's version in its own words. Not by QMP: in deterministic mode a guest is not to be disturbed.
+fn version(qemu: &QemuProgram) -> Option<String> {
+    let output = Command::new(&qemu.program).args(&qemu.leading_args).arg("--version").output().ok()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    output.status.success().then(|| text.lines().next().unwrap_or_default().trim().to_owned())
 }
 
 /// The commit that the source tree is at. A tree without git has none.

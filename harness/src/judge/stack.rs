@@ -119,6 +119,13 @@ pub fn is_entry(function: &str) -> bool {
     EXACT.contains(&base_name(function)) || function.starts_with("__x64_sys_") || function.starts_with("__do_sys_")
 }
 
+/// Functions that have no caller: where every kernel stack begins.
+#[must_use]
+pub fn is_root(function: &str) -> bool {
+    const STARTS: [&str; 6] = ["entry_SYSCALL", "asm_", "ret_from_fork", "common_startup", "secondary_startup", "x86_64_start"];
+    STARTS.iter().any(|start| function.starts_with(start))
+}
+
 /// Frames that only say *that* a task sleeps or spins in a primitive, not why.
 #[must_use]
 pub fn is_waiting_primitive(function: &str) -> bool {

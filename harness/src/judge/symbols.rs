@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use object::{Object, ObjectSection, ObjectSymbol, SectionKind, SymbolKind};
 
-use super::stack::{Frame, demangle};
+use super::stack::{Frame, demangle, is_root};
 
 /// Why symbols could not be read.
 #[derive(Debug, thiserror::Error)]
@@ -139,12 +139,25 @@ impl Symbols {
         self.text.iter().any(|range| range.contains(&address))
     }
 
+    /// Whether the function of this address has no caller; none if the address is no code.
+    #[must_use]
+    pub fn is_root(&self, address: u64) -> Option<bool> {
+        if self.is_text(address) {
+            Some(self.find(address).is_some_and(|symbol| is_root(&symbol.name)))
+        } else {
+            is_module_area(address).then_some(false)
+        }
+    }
+
+    fn find(&self, address: u64) -> Option<&Symbol> {
+        let after = self.symbols.partition_point(|symbol| symbol.start <= address);
+        after.checked_sub(1).map(|index| &self.symbols[index]).filter(|symbol| address < symbol.end)
+    }
+
     /// The frame of an address. Code of a module that is not known is `[module]+address`.
     #[must_use]
     pub fn frame(&self, address: u64) -> Frame {
-        let after = self.symbols.partition_point(|symbol| symbol.start <= address);
-        let found = after.checked_sub(1).map(|index| &self.symbols[index]).filter(|symbol| address < symbol.end);
-        match found {
+        match self.find(address) {
             Some(symbol) => Frame {
                 function: symbol.name.clone(),
                 offset: address - symbol.start,

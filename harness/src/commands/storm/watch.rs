@@ -8,7 +8,7 @@ use hmmstorm_abi::wire::control::GpuStats;
 use hmmstorm_abi::wire::event::{Event, Record};
 
 use crate::cli::Error;
-use crate::judge::console::{Finding, Scanner};
+use crate::judge::console::{Finding, Kind, Scanner};
 use crate::judge::sampler::{CpuRegisters, GuestProbe, Sampler, TreeRules, registers};
 use crate::judge::verdict::{Ended, Judge, Judgement, Observation, Phase};
 use crate::vm::qmp::{self, Qmp};
@@ -17,11 +17,9 @@ use crate::vm::{self, End, Machine, Occurrence};
 /// Host time between two looks at device and CPUs.
 const TICK: Duration = Duration::from_millis(100);
 /// The same where guest time may run far ahead of the host's.
-const DETERMINISTIC_TICK: Duration = Duration::from_millis(40);
+const DETERMINISTIC_TICK: Duration = Duration::from_millis(20);
 /// Host time without progress after which CPUs are sampled.
 const SUSPICION: Duration = Duration::from_millis(700);
-/// The same in deterministic mode.
-const DETERMINISTIC_SUSPICION: Duration = Duration::from_millis(80);
 /// Host time that QMP or the control socket may fail before the bench gives up: a machine that is ending fails there first.
 const FORBEARANCE: Duration = Duration::from_secs(3);
 
@@ -181,10 +179,8 @@ impl<'a> Watcher<'a> {
     fn look(&mut self, machine: &mut Machine, scratch: &Path, started: Instant) -> Option<String> {
         self.hand_over(started.elapsed());
         let mut trouble = self.referee(machine, started.elapsed()).err();
-        let suspicion = if self.deterministic { DETERMINISTIC_SUSPICION } else { SUSPICION };
         let now = started.elapsed();
-        let running = matches!(self.judge.phase(), Phase::Running { .. });
-        if running && now.saturating_sub(self.judge.stalled_since()) >= suspicion {
+        if self.suspicious(now) {
             let mut probe = QmpProbe { qmp: machine.qmp(), scratch };
             match self.sampler.sample(now, &mut probe) {
                 Ok(()) => {
@@ -200,6 +196,19 @@ impl<'a> Watcher<'a> {
         };
         let (since, first) = self.failing.get_or_insert((Instant::now(), trouble));
         (since.elapsed() >= FORBEARANCE).then(|| first.clone())
+    }
+
+    /// Whether to sample the CPUs. In deterministic mode every QMP command wakes QEMU's main loop, and that may see a guest
+    /// that has just gone idle before its last instructions are counted, and move the clock too far. So nothing is asked
+    /// there until the kernel says that a CPU is stuck: a guest of which one CPU is always busy is never idle. Or until
+    /// it hangs for so long that it will not end by itself.
+    fn suspicious(&self, now: Duration) -> bool {
+        let Phase::Running { stalled, .. } = self.judge.phase() else { return false };
+        if self.deterministic {
+            let stuck = |finding: &Finding| matches!(finding.kind, Kind::WorkqueueLockup { .. } | Kind::SoftLockup { .. });
+            return self.judge.findings().any(stuck) || stalled >= self.judge.limits().detectors * 2;
+        }
+        now.saturating_sub(self.judge.stalled_since()) >= SUSPICION
     }
 
     fn referee(&mut self, machine: &mut Machine, at: Duration) -> Result<(), String> {

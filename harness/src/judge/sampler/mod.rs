@@ -113,7 +113,8 @@ impl Sampler {
                 };
                 let leaf = self.symbols.frame(registers.rip);
                 let into = self.symbols.is_text(registers.rip).then_some(leaf.offset);
-                walk(&registers, into, read, |address| self.symbols.is_text(address) || super::symbols::is_module_area(address))
+                let is_root = |address| self.symbols.is_root(address);
+                walk(&registers, into, read, is_root)
             } else {
                 walk::Walk::default()
             };
@@ -188,13 +189,13 @@ mod tests {
         memory[0x3f08..0x3f10].copy_from_slice(&0x1020u64.to_le_bytes());
         let at = |cpu, cpl, halted| CpuRegisters { cpu, rip: 0x1001, rsp: base + 0x3ef0, rbp: base + 0x3f00, cpl, halted };
         let mut probe = Fixed(vec![at(0, 0, true), at(1, 3, false), at(2, 0, false)], memory, base);
-        let mut sampler = Sampler::new(Symbols::from_table(&[(0x1000, 0x10, "leaf"), (0x1010, 0x20, "root")]));
+        let mut sampler = Sampler::new(Symbols::from_table(&[(0x1000, 0x10, "leaf"), (0x1010, 0x20, "ret_from_fork")]));
         sampler.sample(Duration::from_secs(1), &mut probe).expect("a sample");
         let modes: Vec<Mode> = (0..3).flat_map(|cpu| sampler.samples(cpu).map(|sample| sample.mode)).collect();
         assert_eq!(modes, [Mode::Halted, Mode::User, Mode::Kernel]);
         let sample = sampler.samples(2).next().expect("a sample of CPU 2");
         let names: Vec<&str> = sample.stack.iter().map(|frame| frame.function.as_str()).collect();
-        assert_eq!((names.as_slice(), sample.complete), (["leaf", "root"].as_slice(), true));
+        assert_eq!((names.as_slice(), sample.complete), (["leaf", "ret_from_fork"].as_slice(), true));
     }
 
     #[test]

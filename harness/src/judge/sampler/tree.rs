@@ -223,7 +223,7 @@ mod tests {
         let summary = summary(&samples);
         assert!(summary.spins && summary.advances(), "{summary:#?}");
         assert_eq!(summary.trunk[..2], ["hmm_range_fault", "hsgpu_access"]);
-        assert_eq!(summary.windows, 4);
+        assert_eq!((summary.judged, summary.windows), (15, 3));
         assert_eq!(summary.above[0].0, "walk_page_range");
     }
 
@@ -264,7 +264,7 @@ mod tests {
 
     #[test]
     fn torn_walks_are_forgiven_when_they_agree() {
-        let mut samples: Vec<Sample> = (0..20).map(spin).collect();
+        let mut samples: Vec<Sample> = (0..40).map(spin).collect();
         for sample in samples.iter_mut().step_by(4) {
             sample.complete = false;
             sample.stack.truncate(sample.stack.len() - 2);
@@ -273,8 +273,8 @@ mod tests {
         for sample in samples.iter_mut().step_by(4) {
             sample.stack.clear();
         }
-        assert_eq!((summary(&samples).torn, summary(&samples).spins), (5, true));
-        for sample in &mut samples[..11] {
+        assert_eq!((summary(&samples).judged, summary(&samples).torn, summary(&samples).spins), (30, 7, true));
+        for sample in &mut samples[20..] {
             sample.stack.clear();
             sample.complete = false;
         }

@@ -12,8 +12,8 @@ const STACK: u64 = 16 << 10;
 const READ: u64 = 8 << 10;
 /// Most frames of a walk.
 const DEEPEST: usize = 64;
-/// Most reads of one walk: the task's stack and the interrupt stacks on top of it.
-const READS: usize = 3;
+/// Most reads of one walk: the task's stack and the interrupt stacks on top of it, each perhaps from two places.
+const READS: usize = 5;
 /// Bytes of `push %rbp; mov %rsp,%rbp`.
 const PROLOGUE: u64 = 4;
 /// First address of the kernel half.
@@ -36,7 +36,8 @@ pub(super) struct Walk {
 }
 
 /// Walks the stack of a CPU that is in kernel mode. `read` gives guest memory at a virtual address of that CPU, possibly
-/// less than asked for; `is_text` says what can be a return address; `into` is how far into its function the CPU is, bytes.
+/// less than asked for; `is_root` says of an address that its function has no caller, and of one that is no code nothing;
+/// `into` is how far into its function the CPU is, bytes.
 ///
 /// The guest runs on between the reading of its registers and of its memory, so the frames near the leaf may be gone by
 /// then. The frames near the root do not change while a function near the root runs: where the chain from `rbp` is torn,
@@ -45,8 +46,9 @@ pub(super) fn walk(
     registers: &CpuRegisters,
     into: Option<u64>,
     mut read: impl FnMut(u64, usize) -> Option<Vec<u8>>,
-    is_text: impl Fn(u64) -> bool,
+    is_root: impl Fn(u64) -> Option<bool>,
 ) -> Walk {
+    let is_text = |address| is_root(address).is_some();
     let mut memory = Memory { blocks: Vec::new(), reads: 0, read: &mut read };
     memory.load(registers.rsp);
     // Before `push %rbp; mov %rsp,%rbp` have run, rbp is the caller's, and the caller's own address is only on the stack.
@@ -55,21 +57,17 @@ pub(super) fn walk(
         Some(1..PROLOGUE) => memory.cached(registers.rsp.wrapping_add(8)),
         _ => None,
     };
-    let mut walk = chain(&mut memory, registers.rbp, &is_text);
+    let mut walk = chain(&mut memory, registers.rbp, &is_root);
     if !walk.complete {
-        for slot in memory.slots() {
-            let linked = match memory.cached(slot) {
-                Some(next) => next == 0 || next > slot,
-                None => false,
-            };
-            if !linked || !memory.cached(slot + 8).is_some_and(&is_text) {
-                continue;
-            }
-            let resumed = chain(&mut memory, slot, &is_text);
-            if resumed.complete {
-                walk = resumed;
-                break;
-            }
+        // On an interrupt stack, whose last word is the stack pointer of what was interrupted (`call_on_irqstack`,
+        // arch/x86/include/asm/irq_stack.h), the frames near the root are on the other stack.
+        let top = (registers.rsp | (STACK - 1)) - 7;
+        if let Some(interrupted) = memory.cached(top).filter(|&rsp| rsp > KERNEL && rsp / STACK != registers.rsp / STACK) {
+            memory.load(interrupted);
+        }
+        let mut candidates = memory.slots().into_iter();
+        if let Some(resumed) = candidates.find_map(|slot| resume(&mut memory, slot, &is_root)) {
+            walk = resumed;
         }
     }
     let missed = caller.filter(|&caller| walk.complete && is_text(caller) && walk.addresses.first() != Some(&caller));
@@ -77,24 +75,36 @@ pub(super) fn walk(
     walk
 }
 
+/// The chain from a word of the stack, if that looks like a frame and the chain reaches the root.
+fn resume(memory: &mut Memory<'_>, slot: u64, is_root: &impl Fn(u64) -> Option<bool>) -> Option<Walk> {
+    let next = memory.cached(slot)?;
+    let linked = next == 0 || next > slot;
+    memory.cached(slot + 8).filter(|&address| linked && is_root(address).is_some())?;
+    let walk = chain(memory, slot, is_root);
+    walk.complete.then_some(walk)
+}
+
 /// Follows saved frame pointers from one on.
-fn chain(memory: &mut Memory<'_>, mut rbp: u64, is_text: &impl Fn(u64) -> bool) -> Walk {
+fn chain(memory: &mut Memory<'_>, mut rbp: u64, is_root: &impl Fn(u64) -> Option<bool>) -> Walk {
+    let is_text = |address| is_root(address).is_some();
     let mut walk = Walk::default();
     let mut previous = 0;
     while walk.addresses.len() < DEEPEST {
         if rbp == 0 {
-            walk.complete = true;
+            // Only what has no caller ends a stack: a stale word on it may be zero too.
+            walk.complete = walk.addresses.last().is_some_and(|&last| is_root(last) == Some(true));
             break;
         }
         if rbp & 1 == 1 && rbp > KERNEL {
             let regs = rbp & !1;
-            let (Some(ip), Some(cs), Some(bp)) =
-                (memory.word(regs, pt_regs::IP), memory.word(regs, pt_regs::CS), memory.word(regs, pt_regs::BP))
+            // From the lowest word on, so that one read has them all.
+            let (Some(bp), Some(ip), Some(cs)) =
+                (memory.word(regs, pt_regs::BP), memory.word(regs, pt_regs::IP), memory.word(regs, pt_regs::CS))
             else {
                 break;
             };
             if cs & 3 != 0 || ip == 0 {
-                walk.complete = true;
+                walk.complete = walk.addresses.last().is_some_and(|&last| is_root(last) == Some(true));
                 break;
             }
             if !is_text(ip) {
@@ -141,10 +151,13 @@ impl Memory<'_> {
         }
     }
 
-    /// Addresses of the words of the first block: the stack that the CPU is on, from its stack pointer up.
-    fn slots(&self) -> impl Iterator<Item = u64> + use<> {
-        let (start, words) = self.blocks.first().map_or((0, 0), |(start, bytes)| (*start, bytes.len() as u64 / 8));
-        (0..words).map(move |word| start + word * 8)
+    /// Addresses of all words read so far, upwards from the stack pointer, then those of the other stacks.
+    fn slots(&self) -> Vec<u64> {
+        let words = |(start, bytes): &(u64, Vec<u8>)| {
+            let start = *start;
+            (0..bytes.len() as u64 / 8).map(move |word| start + word * 8)
+        };
+        self.blocks.iter().flat_map(words).collect()
     }
 
     fn word(&mut self, base: u64, offset: u64) -> Option<u64> {
@@ -176,9 +189,12 @@ mod tests {
     const BASE: u64 = 0xffff_8880_0000_4000;
     const TEXT: u64 = 0xffff_ffff_8100_0000;
 
-    fn is_text(address: u64) -> bool {
-        (TEXT..TEXT + 0x10_0000).contains(&address)
+    /// Code, of which the last quarter has no caller.
+    fn is_root(address: u64) -> Option<bool> {
+        (TEXT..TEXT + 0x1000).contains(&address).then_some(address >= ROOT)
     }
+
+    const ROOT: u64 = TEXT + 0xc00;
 
     /// A stack of 16 KiB at `BASE` with words set at offsets.
     fn stack(words: &[(u64, u64)]) -> Vec<u8> {
@@ -204,7 +220,7 @@ mod tests {
                 let from = usize::try_from(address.checked_sub(BASE)?).ok()?;
                 Some(bytes.get(from..(from + length).min(bytes.len()))?.to_vec())
             },
-            is_text,
+            is_root,
         );
         (walk, reads)
     }
@@ -217,18 +233,18 @@ mod tests {
             (0x3f40, BASE + 0x3f80),
             (0x3f48, TEXT + 0x200),
             (0x3f80, 0),
-            (0x3f88, TEXT + 0x300),
+            (0x3f88, ROOT),
         ]);
         let (walk, reads) = walk_on(&bytes, TEXT, BASE + 0x3ef0, BASE + 0x3f00);
-        assert_eq!(walk.addresses, [TEXT, TEXT + 0x100, TEXT + 0x200, TEXT + 0x300]);
+        assert_eq!(walk.addresses, [TEXT, TEXT + 0x100, TEXT + 0x200, ROOT]);
         assert!(walk.complete);
         assert_eq!(reads, 1);
     }
 
     #[test]
     fn the_caller_of_a_function_that_has_no_frame_yet() {
-        let bytes = stack(&[(0x3ef0, TEXT + 0x80), (0x3ef8, TEXT + 0x90), (0x3f00, 0), (0x3f08, TEXT + 0x100)]);
-        for (into, second) in [(0, TEXT + 0x80), (1, TEXT + 0x90), (4, TEXT + 0x100)] {
+        let bytes = stack(&[(0x3ef0, TEXT + 0x80), (0x3ef8, TEXT + 0x90), (0x3f00, 0), (0x3f08, ROOT)]);
+        for (into, second) in [(0, TEXT + 0x80), (1, TEXT + 0x90), (4, ROOT)] {
             let (walk, _) = walk_from(&bytes, Some(into), TEXT, BASE + 0x3ef0, BASE + 0x3f00);
             assert_eq!(walk.addresses[..2], [TEXT, second], "{into}");
             assert!(walk.complete);
@@ -245,17 +261,17 @@ mod tests {
             (regs + pt_regs::IP, TEXT + 0x500),
             (regs + pt_regs::CS, 0x10),
             (0x3f00, 0),
-            (0x3f08, TEXT + 0x600),
+            (0x3f08, ROOT),
         ]);
         let (walk, _) = walk_on(&bytes, TEXT, BASE + 0x3cf0, BASE + 0x3d00);
-        assert_eq!(walk.addresses, [TEXT, TEXT + 0x10, TEXT + 0x500, TEXT + 0x600]);
+        assert_eq!(walk.addresses, [TEXT, TEXT + 0x10, TEXT + 0x500, ROOT]);
         assert!(walk.complete);
     }
 
     #[test]
     fn an_exception_from_user_mode_is_a_root() {
         let regs = 0x3e00;
-        let bytes = stack(&[(0x3d00, BASE + regs + 1), (0x3d08, TEXT + 0x10), (regs + pt_regs::IP, 0x4000), (regs + pt_regs::CS, 0x33)]);
+        let bytes = stack(&[(0x3d00, BASE + regs + 1), (0x3d08, ROOT), (regs + pt_regs::IP, 0x4000), (regs + pt_regs::CS, 0x33)]);
         let (walk, _) = walk_on(&bytes, TEXT, BASE + 0x3cf0, BASE + 0x3d00);
         assert!(walk.complete);
         assert_eq!(walk.addresses.len(), 2);
@@ -269,13 +285,25 @@ mod tests {
             (0x3e18, TEXT + 0x50),
             (0x3f00, BASE + 0x3f40),
             (0x3f08, TEXT + 0x100),
+            (0x3f20, 0),                // and this one ends where nothing begins
+            (0x3f28, TEXT + 0x60),
             (0x3f40, 0),
-            (0x3f48, TEXT + 0x200),
+            (0x3f48, ROOT),
         ]);
         let (walk, reads) = walk_on(&bytes, TEXT, BASE + 0x3df0, BASE + 0x3e00);
-        assert_eq!(walk.addresses, [TEXT, TEXT + 0x100, TEXT + 0x200]);
+        assert_eq!(walk.addresses, [TEXT, TEXT + 0x100, ROOT]);
         assert!(walk.complete);
         assert_eq!(reads, 1);
+    }
+
+    #[test]
+    fn a_torn_leaf_on_an_interrupt_stack_is_skipped_down_to_the_stack_below() {
+        // Two stacks of 16 KiB in a row; the CPU is on the first, and its last word points into the second.
+        let mut bytes = stack(&[(0x3ff8, BASE + STACK + 0x3e00)]);
+        bytes.extend(stack(&[(0x3f00, BASE + STACK + 0x3f40), (0x3f08, TEXT + 0x100), (0x3f40, 0), (0x3f48, ROOT)]));
+        let (walk, reads) = walk_on(&bytes, TEXT, BASE + 0x3f00, BASE + 0x3f10);
+        assert_eq!(walk.addresses, [TEXT, TEXT + 0x100, ROOT]);
+        assert!(walk.complete && reads == 2);
     }
 
     #[test]

@@ -53,6 +53,12 @@ impl Judge {
         Self { limits, state: State::default() }
     }
 
+    /// The limits it judges by.
+    #[must_use]
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
     /// Takes in an observation made at this host time since the run began.
     pub fn observe(&mut self, host: Duration, observation: Observation) {
         self.state.observe(host, observation, self.limits.no_progress);
@@ -123,6 +129,13 @@ impl Judge {
         if state.ended.is_some() {
             return Some(self.conclude(host));
         }
+        if self.limits.guest_time_only && !self.out_of_time(host) {
+            // A deterministic guest ends itself, at an instant of its own choosing: ending it earlier would cut its log
+            // wherever the host happened to be. One whose CPUs sleep for ever will not.
+            let stuck = stuck::examine(state, &self.limits, host).filter(stuck::Stuck::is_certain);
+            let endless = stuck.filter(|stuck| !stuck.is_livelock() && state.guest_stall() >= self.limits.detectors * 3);
+            return endless.map(|stuck| self.finish(stuck.into_judgement()));
+        }
         let settled = |since: Duration| host.saturating_sub(since) >= SETTLE;
         let crash = state.crash_seen.is_some_and(settled);
         let error = state.error.as_ref().is_some_and(|(at, _)| settled(*at));
@@ -130,11 +143,6 @@ impl Judge {
         let corrupt = state.defects.first().is_some_and(|defect| host.saturating_sub(defect.seen) >= self.limits.no_progress);
         if crash || error || corrupt || self.starved().is_some() {
             return Some(self.conclude(host));
-        }
-        if self.limits.guest_time_only && !self.out_of_time(host) {
-            // A deterministic guest ends itself, at an instant of its own choosing: ending it earlier would cut its
-            // log wherever the host happened to be.
-            return None;
         }
         let stuck = stuck::examine(state, &self.limits, host);
         if let Some(stuck) = stuck.filter(stuck::Stuck::is_certain)

@@ -25,6 +25,11 @@ impl Stuck {
         self.missing().is_none()
     }
 
+    /// It looks like a loop that the kernel's soft-lockup detector will end.
+    pub(super) fn is_livelock(&self) -> bool {
+        self.looks_like == Verdict::Livelock
+    }
+
     fn missing(&self) -> Option<&str> {
         let gap = self.evidence.iter().find(|evidence| matches!(evidence.weight, Weight::Missing | Weight::Against));
         gap.map(|evidence| evidence.says.as_str())

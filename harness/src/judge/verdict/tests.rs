@@ -380,6 +380,23 @@ fn the_panic_of_a_watchdog_is_the_livelock_it_reports() {
 }
 
 #[test]
+fn a_deterministic_guest_is_not_cut_short_unless_it_sleeps_for_ever() {
+    let mut run = Run::new(Limits { guest_time_only: true, ..limits() });
+    run.stall().samples(&[idle(0), idle(1), idle(2), idle(3)]).hung_task();
+    run.at(20.0).beat();
+    assert_eq!(run.decide(), None);
+    run.at(46.0).beat();
+    assert_eq!(run.verdict(), Some(Verdict::Deadlock));
+
+    let mut run = Run::new(Limits { guest_time_only: true, ..limits() });
+    run.at(3.0).console(&["BUG: Bad page state in process storm  pfn:0fcf1"]);
+    run.at(7.0).work(5);
+    assert_eq!(run.decide(), None, "the guest goes on, and so does its log");
+    run.at(8.0).done().ended(Ended::PoweredOff);
+    assert_eq!(run.verdict(), Some(Verdict::Crash));
+}
+
+#[test]
 fn other_panics_are_crashes() {
     let mut run = Run::new(limits());
     run.at(3.0).console(&["Kernel panic - not syncing: Attempted to kill init! exitcode=0x0000000b"]).ended(Ended::Reset);
