@@ -78,14 +78,17 @@ struct Storm<'a> {
 /// Runs the command.
 pub fn run(args: Args, ctx: &Context) -> Result<Outcome, Error> {
     let scenario = Scenario::load(&ctx.repo.join("storm/scenarios"), &args.scenario).map_err(usage)?;
-    let control = args.control.as_deref().map(|name| scenario.control(name)).transpose().map_err(usage)?.cloned();
+    let control =
+        args.control.as_deref().map(|name| scenario.control(name)).transpose().map_err(usage)?.cloned();
     let parameters = scenario.parameters(control.as_ref(), &args.param).map_err(usage)?;
     let mut machine = args.machine.clone();
     if let Some(preempt) = control.as_ref().and_then(|control| control.preempt) {
         // A control that changes the preemption model *is* that change.
         if machine.preempt.is_some_and(|asked| asked != preempt) {
             let name = control.as_ref().map(|control| control.name.as_str()).unwrap_or_default();
-            return Err(Error::usage(format!("control {name} boots with --preempt {preempt}: leave out --preempt")));
+            return Err(Error::usage(format!(
+                "control {name} boots with --preempt {preempt}: leave out --preempt"
+            )));
         }
         machine.preempt = Some(preempt);
     }
@@ -132,7 +135,11 @@ pub fn run(args: Args, ctx: &Context) -> Result<Outcome, Error> {
     if summary.harness_errors > 0 {
         let last = records.iter().rev().find(|record| record.judgement.verdict == Verdict::HarnessError);
         let why = last.map(|record| record.judgement.reason.as_str()).unwrap_or_default();
-        return Err(Error::harness(format!("{} of {} runs failed in the bench itself; the last one: {why}", summary.harness_errors, records.len())));
+        return Err(Error::harness(format!(
+            "{} of {} runs failed in the bench itself; the last one: {why}",
+            summary.harness_errors,
+            records.len()
+        )));
     }
     let all = records.iter().all(|record| record.as_expected);
     Ok(if all { Outcome::Pass } else { Outcome::Problem })
@@ -154,7 +161,13 @@ fn folder(asked: Option<PathBuf>, ctx: &Context) -> Result<PathBuf, Error> {
 }
 
 impl<'a> Storm<'a> {
-    fn new(prepared: Prepared, scenario: Scenario, control: Option<Control>, expected: Verdict, ctx: &'a Context) -> Result<Self, Error> {
+    fn new(
+        prepared: Prepared,
+        scenario: Scenario,
+        control: Option<Control>,
+        expected: Verdict,
+        ctx: &'a Context,
+    ) -> Result<Self, Error> {
         let symbols = Symbols::from_vmlinux(&prepared.image.vmlinux)?;
         let files = [
             ("kernel", &prepared.boot.files.kernel),
@@ -172,13 +185,25 @@ impl<'a> Storm<'a> {
         let image = serde_json::to_value(&prepared.image.provenance)?;
         let commit = commit(&ctx.repo);
         let qemu_version = version(&prepared.boot.qemu);
-        Ok(Self { ctx, prepared, scenario, control, expected, symbols, image, binaries, commit, qemu_version })
+        Ok(Self {
+            ctx,
+            prepared,
+            scenario,
+            control,
+            expected,
+            symbols,
+            image,
+            binaries,
+            commit,
+            qemu_version,
+        })
     }
 
     fn announce(&self, runs: u64, out: &Path) {
         let spec = &self.prepared.boot.spec;
         let provenance = &self.prepared.image.provenance;
-        let control = self.control.as_ref().map_or(String::new(), |control| format!(", control {}", control.name));
+        let control =
+            self.control.as_ref().map_or(String::new(), |control| format!(", control {}", control.name));
         self.ctx.note(format_args!(
             "{}{control} on {} {}, preempt={}, {} CPUs, {} {}; {runs} run(s) to {}",
             self.scenario.name,
@@ -192,7 +217,11 @@ impl<'a> Storm<'a> {
         ));
         let known: &[Preempt] = self.scenario.preempt();
         if self.control.is_none() && !known.contains(&spec.preempt()) {
-            self.ctx.note(format_args!("note: {} is not known to show anything under preempt={}", self.scenario.name, spec.preempt()));
+            self.ctx.note(format_args!(
+                "note: {} is not known to show anything under preempt={}",
+                self.scenario.name,
+                spec.preempt()
+            ));
         }
     }
 
@@ -207,7 +236,8 @@ impl<'a> Storm<'a> {
         let no_progress = self.scenario.no_progress();
         // A soft lockup is reported 2 to 2.8 thresholds after its beginning (kernel/watchdog.c), a hung task within its
         // timeout and one check; the printing takes its time too.
-        let slowest = seconds(3 * detectors.soft_lockup).max(seconds(detectors.hung_task + detectors.hung_task_interval));
+        let slowest = seconds(3 * detectors.soft_lockup)
+            .max(seconds(detectors.hung_task + detectors.hung_task_interval));
         let waited = slowest + Duration::from_secs(2);
         Limits {
             no_progress,
@@ -224,8 +254,9 @@ impl<'a> Storm<'a> {
 
     /// One run, to its record, which is in the folder and on stdout when this returns.
     fn run(&self, seed: u64, dir: &Path) -> Result<Record, Error> {
-        let folder = RunFolder::create(dir)
-            .map_err(|error| Error::harness(format!("cannot make the run folder {}: {error}", dir.display())))?;
+        let folder = RunFolder::create(dir).map_err(|error| {
+            Error::harness(format!("cannot make the run folder {}: {error}", dir.display()))
+        })?;
         let mut prepared = self.prepared.clone();
         if let Guest::Run { seed: of_guest, .. } = &mut prepared.boot.spec.guest {
             *of_guest = seed;
@@ -271,8 +302,15 @@ impl<'a> Storm<'a> {
         }
         let spec = &prepared.boot.spec;
         let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-        let cycle = (judgement.verdict == Verdict::Livelock)
-            .then(|| Cycle::name(&judgement.spinners, judge.summaries(), &judge.findings().cloned().collect::<Vec<_>>(), judge.workers(), judge.progress()));
+        let cycle = (judgement.verdict == Verdict::Livelock).then(|| {
+            Cycle::name(
+                &judgement.spinners,
+                judge.summaries(),
+                &judge.findings().cloned().collect::<Vec<_>>(),
+                judge.workers(),
+                judge.progress(),
+            )
+        });
         let asked = match &spec.guest {
             Guest::Run { parameters, .. } => parameters.clone(),
             Guest::Shell => BTreeMap::new(),
@@ -299,7 +337,9 @@ impl<'a> Storm<'a> {
             chaos: spec.chaos.clone(),
         };
         let host = rustix::system::uname();
-        let host = [host.sysname(), host.release(), host.version(), host.machine()].map(|part| part.to_string_lossy().into_owned()).join(" ");
+        let host = [host.sysname(), host.release(), host.version(), host.machine()]
+            .map(|part| part.to_string_lossy().into_owned())
+            .join(" ");
         Ok(Record {
             schema: record::SCHEMA,
             run,

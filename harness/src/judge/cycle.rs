@@ -26,7 +26,9 @@ pub struct Actor {
 impl fmt::Display for Actor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.worker {
-            Some(worker) if *worker != self.task.comm => write!(f, "{worker} ({}, pid {})", self.task.comm, self.task.pid),
+            Some(worker) if *worker != self.task.comm => {
+                write!(f, "{worker} ({}, pid {})", self.task.comm, self.task.pid)
+            }
             _ => self.task.fmt(f),
         }
     }
@@ -133,9 +135,16 @@ const HOLDS: [&str; 3] = ["migrate_device_unmap", "migrate_vma_setup", "migrate_
 impl Cycle {
     /// Names the cycle from what was observed since the last completion. `spinners` are the CPUs of the verdict.
     #[must_use]
-    pub fn name(spinners: &[u32], cpus: &[CpuSummary], findings: &[Finding], workers: &[String], progress: Option<&Progress>) -> Self {
+    pub fn name(
+        spinners: &[u32],
+        cpus: &[CpuSummary],
+        findings: &[Finding],
+        workers: &[String],
+        progress: Option<&Progress>,
+    ) -> Self {
         let actor = |task: &Task| {
-            let index = progress.and_then(|progress| progress.pids.iter().position(|&pid| pid == task.pid && pid != 0));
+            let index = progress
+                .and_then(|progress| progress.pids.iter().position(|&pid| pid == task.pid && pid != 0));
             Actor { task: task.clone(), worker: index.and_then(|index| workers.get(index).cloned()) }
         };
         let mut cycle = Self::default();
@@ -151,10 +160,13 @@ impl Cycle {
     }
 
     fn spinner(&mut self, cpu: &CpuSummary, findings: &[Finding], actor: &impl Fn(&Task) -> Actor) {
-        let of_cpu = |finding: &&Finding| finding.cpu == Some(cpu.cpu) && finding.task.as_ref().is_some_and(|task| !task.is_idle());
+        let of_cpu = |finding: &&Finding| {
+            finding.cpu == Some(cpu.cpu) && finding.task.as_ref().is_some_and(|task| !task.is_idle())
+        };
         let lockup = |finding: &&Finding| matches!(finding.kind, Kind::SoftLockup { .. } | Kind::HardLockup);
         let report = findings.iter().filter(of_cpu).find(lockup);
-        let report = report.or_else(|| findings.iter().filter(of_cpu).find(|finding| finding.kind == Kind::CpuDump));
+        let report =
+            report.or_else(|| findings.iter().filter(of_cpu).find(|finding| finding.kind == Kind::CpuDump));
         let mut frames = from_loop(&cpu.trunk);
         frames.truncate(6);
         let task = report.and_then(|report| report.task.as_ref()).map(actor);
@@ -162,7 +174,8 @@ impl Cycle {
         let who = match &task {
             Some(task) => task.to_string(),
             None => {
-                self.gaps.push(format!("which task spins on CPU {}: the kernel has not reported it", cpu.cpu));
+                self.gaps
+                    .push(format!("which task spins on CPU {}: the kernel has not reported it", cpu.cpu));
                 "a task".to_owned()
             }
         };
@@ -197,20 +210,27 @@ impl Cycle {
     }
 
     fn holder(&mut self, findings: &[Finding], item: Option<&WorkItem>, actor: &impl Fn(&Task) -> Actor) {
-        let asleep = |finding: &&Finding| matches!(finding.kind, Kind::HungTask { .. } | Kind::TaskDump { state: 'D' });
+        let asleep = |finding: &&Finding| {
+            matches!(finding.kind, Kind::HungTask { .. } | Kind::TaskDump { state: 'D' })
+        };
         let flusher = item.and_then(|item| item.flusher);
-        let of_flusher = |finding: &&Finding| flusher.is_some() && finding.task.as_ref().map(|task| task.pid) == flusher;
-        let report = findings
-            .iter()
-            .filter(asleep)
-            .find(of_flusher)
-            .or_else(|| findings.iter().filter(asleep).find(|finding| HOLDS.iter().any(|function| contains(&finding.stack, function))));
+        let of_flusher =
+            |finding: &&Finding| flusher.is_some() && finding.task.as_ref().map(|task| task.pid) == flusher;
+        let report = findings.iter().filter(asleep).find(of_flusher).or_else(|| {
+            findings
+                .iter()
+                .filter(asleep)
+                .find(|finding| HOLDS.iter().any(|function| contains(&finding.stack, function)))
+        });
         if let Some((report, task)) = report.and_then(|report| Some((report, report.task.as_ref()?))) {
             let frames = stable(&report.stack, 5);
             let task = actor(task);
             let holds = HOLDS.iter().find(|function| contains(&report.stack, function));
             let says = match holds {
-                Some(function) => format!("{task} sleeps in {}: in {function}() it holds the locks of the folios it migrates", chain(&frames, 4)),
+                Some(function) => format!(
+                    "{task} sleeps in {}: in {function}() it holds the locks of the folios it migrates",
+                    chain(&frames, 4)
+                ),
                 None => format!("{task} sleeps in {}", chain(&frames, 4)),
             };
             if holds.is_none() {
@@ -228,7 +248,9 @@ impl Cycle {
             self.holder = Some(Holder { task, frames: Vec::new(), line: item.line });
             return;
         }
-        self.gaps.push("who holds what they want: the kernel reported no task in uninterruptible sleep".to_owned());
+        self.gaps.push(
+            "who holds what they want: the kernel reported no task in uninterruptible sleep".to_owned(),
+        );
     }
 
     fn wait(&mut self, item: Option<WorkItem>) {
@@ -250,8 +272,13 @@ impl Cycle {
             cpus.join(", ")
         );
         self.statements.push(Statement { says, source: Source::Console, line: Some(item.line) });
-        self.waits_for =
-            Some(Wait { function: item.function, workqueue: item.workqueue, state: item.state, cpus: item.cpus, line: item.line });
+        self.waits_for = Some(Wait {
+            function: item.function,
+            workqueue: item.workqueue,
+            state: item.state,
+            cpus: item.cpus,
+            line: item.line,
+        });
     }
 
     fn close(&mut self) {
@@ -261,7 +288,10 @@ impl Cycle {
         if let Some(spinner) = self.spinners.iter().find(only) {
             let who = spinner.task.as_ref().map_or_else(|| "the spinner".to_owned(), ToString::to_string);
             self.closed = true;
-            let says = format!("CPU {} runs {who}, which spins until the holder lets go: the cycle is closed", spinner.cpu);
+            let says = format!(
+                "CPU {} runs {who}, which spins until the holder lets go: the cycle is closed",
+                spinner.cpu
+            );
             self.statements.push(Statement { says, source: Source::Samples, line: None });
         }
     }
@@ -270,7 +300,10 @@ impl Cycle {
 /// The flushed work item that matters: one on a spinner's CPU if there is one.
 fn flushed(findings: &[Finding], spinners: &[u32]) -> Option<WorkItem> {
     let items = || findings.iter().flat_map(Finding::work_items).filter(|item| item.flusher.is_some());
-    items().find(|item| item.cpus.iter().any(|cpu| spinners.contains(cpu))).or_else(|| items().next()).cloned()
+    items()
+        .find(|item| item.cpus.iter().any(|cpu| spinners.contains(cpu)))
+        .or_else(|| items().next())
+        .cloned()
 }
 
 impl fmt::Display for Cycle {
@@ -302,7 +335,16 @@ mod tests {
 
     fn spinning(cpu: u32) -> CpuSummary {
         let trunk = ["hmm_range_fault", "dmirror_fault", "__x64_sys_ioctl"].map(str::to_owned).to_vec();
-        CpuSummary { cpu, samples: 40, judged: 40, in_tree: 40, trunk, above: vec![("do_swap_page".into(), 31)], spins: true, ..CpuSummary::default() }
+        CpuSummary {
+            cpu,
+            samples: 40,
+            judged: 40,
+            in_tree: 40,
+            trunk,
+            above: vec![("do_swap_page".into(), 31)],
+            spins: true,
+            ..CpuSummary::default()
+        }
     }
 
     fn name(console: &str, spinners: &[u32]) -> Cycle {
@@ -320,14 +362,21 @@ mod tests {
         assert_eq!((holder.task.task.pid, holder.task.worker.as_deref()), (1, Some("migrator")));
         assert_eq!(holder.frames[..3], ["__lru_add_drain_all", "lru_add_drain_all", "migrate_device_unmap"]);
         let wait = cycle.waits_for.as_ref().expect("a wait");
-        assert_eq!((wait.function.as_str(), wait.workqueue.as_str(), wait.cpus.as_slice()), ("lru_add_drain_per_cpu", "mm_percpu_wq", [1].as_slice()));
+        assert_eq!(
+            (wait.function.as_str(), wait.workqueue.as_str(), wait.cpus.as_slice()),
+            ("lru_add_drain_per_cpu", "mm_percpu_wq", [1].as_slice())
+        );
         assert_eq!(cycle.spinners[1].task.as_ref().map(|task| task.task.pid), Some(54));
         // Every cited line says what it is cited for.
-        let line = |number: u64| LIVELOCK.lines().nth(usize::try_from(number - 1).expect("a line number")).expect("the line");
+        let line = |number: u64| {
+            LIVELOCK.lines().nth(usize::try_from(number - 1).expect("a line number")).expect("the line")
+        };
         assert!(line(wait.line).contains("lru_add_drain_per_cpu BAR(1)"));
         assert!(line(holder.line).contains("task init:1 blocked"));
         for spinner in &cycle.spinners {
-            assert!(line(spinner.line.expect("a line")).contains(&format!("soft lockup - CPU#{}", spinner.cpu)));
+            assert!(
+                line(spinner.line.expect("a line")).contains(&format!("soft lockup - CPU#{}", spinner.cpu))
+            );
         }
         let text = cycle.to_string();
         assert!(text.contains("migrator (init, pid 1) sleeps in __lru_add_drain_all"), "{text}");

@@ -6,11 +6,11 @@
 //! who waits for whom, [`record`] writes it down. `docs/verdicts.md` says how each verdict is reached.
 
 pub mod console;
-pub mod stack;
+pub mod cycle;
+pub mod record;
 pub mod sampler;
+pub mod scenario;
+pub mod stack;
+pub mod statistics;
 pub mod symbols;
 pub mod verdict;
-pub mod cycle;
-pub mod statistics;
-pub mod record;
-pub mod scenario;

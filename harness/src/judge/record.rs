@@ -219,7 +219,13 @@ pub fn write_samples(path: &Path, sampler: &Sampler) -> Result<(), Error> {
     for cpu in 0..sampler.cpus() {
         for sample in sampler.samples(cpu) {
             let stack = sample.stack.iter().map(|frame| frame.function.as_str()).collect();
-            let line = Line { at_ms: sample.at.as_millis(), cpu, mode: sample.mode, complete: sample.complete, stack };
+            let line = Line {
+                at_ms: sample.at.as_millis(),
+                cpu,
+                mode: sample.mode,
+                complete: sample.complete,
+                stack,
+            };
             serde_json::to_writer(&mut file, &line).map_err(|error| failed(error.into()))?;
             file.write_all(b"\n").map_err(failed)?;
         }
@@ -279,9 +285,18 @@ mod tests {
         let livelock = judgement(Verdict::Livelock, &["hmm_range_fault", "hsgpu_access"]);
         let id = identity(&livelock, None).expect("an identity");
         assert!(id.starts_with("livelock-") && id.len() == "livelock-".len() + 12, "{id}");
-        assert_eq!(identity(&Judgement { reason: "other words".into(), spinners: vec![3], ..livelock.clone() }, None), Some(id.clone()));
+        assert_eq!(
+            identity(
+                &Judgement { reason: "other words".into(), spinners: vec![3], ..livelock.clone() },
+                None
+            ),
+            Some(id.clone())
+        );
         assert_ne!(identity(&judgement(Verdict::Livelock, &["other"]), None), Some(id.clone()));
-        assert_ne!(identity(&judgement(Verdict::Deadlock, &["hmm_range_fault", "hsgpu_access"]), None), Some(id));
+        assert_ne!(
+            identity(&judgement(Verdict::Deadlock, &["hmm_range_fault", "hsgpu_access"]), None),
+            Some(id)
+        );
         assert_eq!(identity(&judgement(Verdict::Pass, &[]), None), None);
         assert_eq!(identity(&judgement(Verdict::HarnessError, &[]), None), None);
         assert_eq!(title(&livelock).as_deref(), Some("livelock in hmm_range_fault ← hsgpu_access"));
@@ -300,7 +315,10 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("verdict.json");
         write_json(&path, &vec![1, 2]).expect("written");
-        assert_eq!(std::fs::read_to_string(&path).expect("read").split_whitespace().collect::<String>(), "[1,2]");
+        assert_eq!(
+            std::fs::read_to_string(&path).expect("read").split_whitespace().collect::<String>(),
+            "[1,2]"
+        );
         let error = write_json(&folder.path().join("none/verdict.json"), &1).expect_err("no such folder");
         assert!(error.to_string().contains("none/verdict.json"), "{error}");
         assert_eq!(std::fs::read_dir(folder.path()).expect("folder").count(), 1);

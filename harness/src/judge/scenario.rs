@@ -164,12 +164,16 @@ impl Error {
 impl Scenario {
     /// Reads the scenario of this name from the folder of scenarios.
     pub fn load(dir: &Path, name: &str) -> Result<Self, Error> {
-        let file = |path: &Path, why: &dyn std::fmt::Display| Error::File { path: path.into(), why: why.to_string() };
+        let file = |path: &Path, why: &dyn std::fmt::Display| Error::File {
+            path: path.into(),
+            why: why.to_string(),
+        };
         let mut known = Vec::new();
         for entry in std::fs::read_dir(dir).map_err(|e| file(dir, &e))? {
             let path = entry.map_err(|e| file(dir, &e))?.path();
             let stem = path.file_stem().and_then(|stem| stem.to_str());
-            if let Some(stem) = stem.filter(|_| path.extension().is_some_and(|extension| extension == "toml")) {
+            if let Some(stem) = stem.filter(|_| path.extension().is_some_and(|extension| extension == "toml"))
+            {
                 known.push(stem.to_owned());
             }
         }
@@ -190,7 +194,10 @@ impl Scenario {
         }
         for control in &self.controls {
             if !self.conditions.iter().any(|condition| condition.id == control.removes) {
-                return Err(format!("control {} removes '{}', which is no condition", control.name, control.removes));
+                return Err(format!(
+                    "control {} removes '{}', which is no condition",
+                    control.name, control.removes
+                ));
             }
             self.parameters(Some(control), &[]).map_err(|error| error.to_string())?;
         }
@@ -212,17 +219,31 @@ impl Scenario {
     /// The control of this name.
     pub fn control(&self, name: &str) -> Result<&Control, Error> {
         let found = self.controls.iter().find(|control| control.name == name);
-        found.ok_or_else(|| self.unknown("control", name, self.controls.iter().map(|control| control.name.as_str())))
+        found.ok_or_else(|| {
+            self.unknown("control", name, self.controls.iter().map(|control| control.name.as_str()))
+        })
     }
 
     /// Parameters that differ from their defaults: what the control sets, then what the user sets.
-    pub fn parameters(&self, control: Option<&Control>, overrides: &[(String, String)]) -> Result<BTreeMap<String, String>, Error> {
-        let set = control.iter().flat_map(|control| &control.parameters).map(|(name, value)| (name.clone(), value.text()));
+    pub fn parameters(
+        &self,
+        control: Option<&Control>,
+        overrides: &[(String, String)],
+    ) -> Result<BTreeMap<String, String>, Error> {
+        let set = control
+            .iter()
+            .flat_map(|control| &control.parameters)
+            .map(|(name, value)| (name.clone(), value.text()));
         let mut values = BTreeMap::new();
         for (name, value) in set.chain(overrides.iter().cloned()) {
             let parameter = self.parameters.iter().find(|parameter| parameter.name == name);
-            let parameter =
-                parameter.ok_or_else(|| self.unknown("parameter", &name, self.parameters.iter().map(|parameter| parameter.name.as_str())))?;
+            let parameter = parameter.ok_or_else(|| {
+                self.unknown(
+                    "parameter",
+                    &name,
+                    self.parameters.iter().map(|parameter| parameter.name.as_str()),
+                )
+            })?;
             if !parameter.kind.allows(&value) {
                 return Err(Error::BadValue { name, value, allowed: parameter.kind.allowed() });
             }
@@ -251,7 +272,9 @@ impl Scenario {
 impl Kind {
     fn allows(&self, value: &str) -> bool {
         match self {
-            Self::Integer { min, max } => value.parse::<u64>().is_ok_and(|value| (min..=max).contains(&&value)),
+            Self::Integer { min, max } => {
+                value.parse::<u64>().is_ok_and(|value| (min..=max).contains(&&value))
+            }
             Self::Flag {} => matches!(value, "0" | "1" | "true" | "false"),
             Self::Choice { choices } => choices.iter().any(|choice| choice == value),
         }
@@ -308,9 +331,17 @@ mod tests {
     fn overrides_win_over_controls_and_are_checked() {
         let scenario = drain();
         let control = scenario.control("mapcount-1").expect("mapcount-1");
-        let values = scenario.parameters(Some(control), &[pair("mapcount", "2"), pair("rounds", "7")]).expect("parameters");
+        let values = scenario
+            .parameters(Some(control), &[pair("mapcount", "2"), pair("rounds", "7")])
+            .expect("parameters");
         assert_eq!(values, BTreeMap::from([pair("mapcount", "2"), pair("rounds", "7")]));
-        for bad in [pair("rounds", "none"), pair("rounds", "0"), pair("no-such-parameter", "1"), pair("order", "x"), pair("drained", "2")] {
+        for bad in [
+            pair("rounds", "none"),
+            pair("rounds", "0"),
+            pair("no-such-parameter", "1"),
+            pair("order", "x"),
+            pair("drained", "2"),
+        ] {
             let error = scenario.parameters(None, std::slice::from_ref(&bad)).expect_err("refused");
             assert!(error.is_usage(), "{bad:?}: {error}");
         }
@@ -318,7 +349,9 @@ mod tests {
 
     #[test]
     fn unknown_names_list_the_known_ones() {
-        assert!(Scenario::load(&shipped(), "drain").expect_err("unknown").to_string().contains("drain-livelock"));
+        assert!(
+            Scenario::load(&shipped(), "drain").expect_err("unknown").to_string().contains("drain-livelock")
+        );
         assert!(drain().control("x").expect_err("unknown").to_string().contains("mapcount-1"));
     }
 

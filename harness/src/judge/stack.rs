@@ -49,7 +49,10 @@ impl Frame {
         };
         let (symbol, rest) = text.split_once("+0x")?;
         let plausible = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '$');
-        if symbol.is_empty() || symbol.starts_with(|c: char| c.is_ascii_digit()) || !symbol.chars().all(plausible) {
+        if symbol.is_empty()
+            || symbol.starts_with(|c: char| c.is_ascii_digit())
+            || !symbol.chars().all(plausible)
+        {
             return None;
         }
         let (place, module) = match rest.split_once(' ') {
@@ -116,13 +119,16 @@ pub fn is_entry(function: &str) -> bool {
         "exc_page_fault",
         "do_user_addr_fault",
     ];
-    EXACT.contains(&base_name(function)) || function.starts_with("__x64_sys_") || function.starts_with("__do_sys_")
+    EXACT.contains(&base_name(function))
+        || function.starts_with("__x64_sys_")
+        || function.starts_with("__do_sys_")
 }
 
 /// Functions that have no caller: where every kernel stack begins.
 #[must_use]
 pub fn is_root(function: &str) -> bool {
-    const STARTS: [&str; 6] = ["entry_SYSCALL", "asm_", "ret_from_fork", "common_startup", "secondary_startup", "x86_64_start"];
+    const STARTS: [&str; 6] =
+        ["entry_SYSCALL", "asm_", "ret_from_fork", "common_startup", "secondary_startup", "x86_64_start"];
     STARTS.iter().any(|start| function.starts_with(start))
 }
 
@@ -246,7 +252,8 @@ mod tests {
 
     #[test]
     fn rust_names_are_readable() {
-        let frame = Frame::parse("_RNvMs0_NtCs5Hc9Yb3x1Zk_5hsgpu7migrateNtB5_5Guard4wait+0x10/0x40 [hsgpu]").expect("a frame");
+        let frame = Frame::parse("_RNvMs0_NtCs5Hc9Yb3x1Zk_5hsgpu7migrateNtB5_5Guard4wait+0x10/0x40 [hsgpu]")
+            .expect("a frame");
         assert!(frame.function.contains("hsgpu"), "{}", frame.function);
         assert!(!frame.function.starts_with("_R"), "{}", frame.function);
     }
@@ -257,7 +264,10 @@ mod tests {
             ("hmm_range_fault", "hmm_range_fault"),
             ("<hsgpu_main::mirror::Mirror>::access", "Mirror::access"),
             ("<hsgpu_main::file::OpenFile as kernel::miscdevice::MiscDevice>::ioctl", "OpenFile::ioctl"),
-            ("<kernel::miscdevice::MiscdeviceVTable<hsgpu_main::file::OpenFile>>::ioctl", "MiscdeviceVTable::ioctl"),
+            (
+                "<kernel::miscdevice::MiscdeviceVTable<hsgpu_main::file::OpenFile>>::ioctl",
+                "MiscdeviceVTable::ioctl",
+            ),
             ("hsgpu_main::vram::free", "vram::free"),
             ("<unclosed", "<unclosed"),
         ] {
@@ -267,7 +277,15 @@ mod tests {
 
     #[test]
     fn other_lines_are_no_frames() {
-        for line in ["RSP: 0018:ffff888002b6f778 EFLAGS: 00010286", "<TASK>", "0x44061b", "a+b", "1f+0x1/0x2", "f+0x1", "x y+0x1/0x2"] {
+        for line in [
+            "RSP: 0018:ffff888002b6f778 EFLAGS: 00010286",
+            "<TASK>",
+            "0x44061b",
+            "a+b",
+            "1f+0x1/0x2",
+            "f+0x1",
+            "x y+0x1/0x2",
+        ] {
             assert_eq!(Frame::parse(line), None, "{line}");
         }
     }

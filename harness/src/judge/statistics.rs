@@ -31,7 +31,12 @@ impl Share {
         let centre = p + z2 / (2.0 * n);
         let spread = Z95 * (p * (1.0 - p) / n + z2 / (4.0 * n * n)).sqrt();
         let scale = 1.0 + z2 / n;
-        Self { hits, runs, low: ((centre - spread) / scale).max(0.0), high: ((centre + spread) / scale).min(1.0) }
+        Self {
+            hits,
+            runs,
+            low: ((centre - spread) / scale).max(0.0),
+            high: ((centre + spread) / scale).min(1.0),
+        }
     }
 }
 
@@ -50,9 +55,12 @@ mod tests {
     /// table I, method 3.
     #[test]
     fn published_values() {
-        for (hits, runs, low, high) in
-            [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0000, 0.1611), (1, 29, 0.0061, 0.1718)]
-        {
+        for (hits, runs, low, high) in [
+            (81, 263, 0.2553, 0.3662),
+            (15, 148, 0.0624, 0.1605),
+            (0, 20, 0.0000, 0.1611),
+            (1, 29, 0.0061, 0.1718),
+        ] {
             let share = Share::wilson(hits, runs);
             assert!((share.low - low).abs() < 5e-5 && (share.high - high).abs() < 5e-5, "{share}");
         }

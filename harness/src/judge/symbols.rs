@@ -58,7 +58,8 @@ impl Symbols {
     /// Reads `vmlinux`. The guest must run it where it was linked (`nokaslr`).
     pub fn from_vmlinux(path: &Path) -> Result<Self, Error> {
         let data = std::fs::read(path).map_err(|source| Error::Read { path: path.into(), source })?;
-        let file = object::File::parse(&*data).map_err(|source| Error::Parse { path: path.into(), source })?;
+        let file =
+            object::File::parse(&*data).map_err(|source| Error::Parse { path: path.into(), source })?;
         let mut symbols = Self::default();
         for section in file.sections().filter(|section| section.kind() == SectionKind::Text) {
             symbols.text.push(section.address()..section.address() + section.size());
@@ -67,7 +68,9 @@ impl Symbols {
         let code: Vec<Symbol> = file
             .symbols()
             .filter(|symbol| is_code(symbol.kind()) && symbols.is_text(symbol.address()))
-            .filter_map(|symbol| Some(Symbol::new(symbol.address(), symbol.size(), symbol.name().ok()?, None)))
+            .filter_map(|symbol| {
+                Some(Symbol::new(symbol.address(), symbol.size(), symbol.name().ok()?, None))
+            })
             .collect();
         if code.is_empty() {
             return Err(Error::Stripped { path: path.into() });
@@ -77,9 +80,15 @@ impl Symbols {
     }
 
     /// Adds a module: its unstripped `.ko` and the addresses of its text sections in the guest.
-    pub fn add_module(&mut self, name: &str, path: &Path, sections: &BTreeMap<String, u64>) -> Result<(), Error> {
+    pub fn add_module(
+        &mut self,
+        name: &str,
+        path: &Path,
+        sections: &BTreeMap<String, u64>,
+    ) -> Result<(), Error> {
         let data = std::fs::read(path).map_err(|source| Error::Read { path: path.into(), source })?;
-        let file = object::File::parse(&*data).map_err(|source| Error::Parse { path: path.into(), source })?;
+        let file =
+            object::File::parse(&*data).map_err(|source| Error::Parse { path: path.into(), source })?;
         let index = self.modules.len();
         let mut code = Vec::new();
         for section in file.sections() {
@@ -88,8 +97,17 @@ impl Symbols {
             self.text.push(base..base.saturating_add(section.size()));
             code.extend(
                 file.symbols()
-                    .filter(|symbol| is_code(symbol.kind()) && symbol.section_index() == Some(section.index()))
-                    .filter_map(|symbol| Some(Symbol::new(base.wrapping_add(symbol.address()), symbol.size(), symbol.name().ok()?, Some(index)))),
+                    .filter(|symbol| {
+                        is_code(symbol.kind()) && symbol.section_index() == Some(section.index())
+                    })
+                    .filter_map(|symbol| {
+                        Some(Symbol::new(
+                            base.wrapping_add(symbol.address()),
+                            symbol.size(),
+                            symbol.name().ok()?,
+                            Some(index),
+                        ))
+                    }),
             );
         }
         if code.is_empty() {
@@ -107,7 +125,8 @@ impl Symbols {
         for &(start, size, _) in table {
             symbols.text.push(start..start + size);
         }
-        symbols.insert(table.iter().map(|&(start, size, name)| Symbol::new(start, size, name, None)).collect());
+        symbols
+            .insert(table.iter().map(|&(start, size, name)| Symbol::new(start, size, name, None)).collect());
         symbols
     }
 
@@ -127,7 +146,11 @@ impl Symbols {
             let next = self.symbols.get(index + 1).map(|next| next.start);
             let symbol = &mut self.symbols[index];
             if symbol.end == symbol.start {
-                let limit = self.text.iter().find(|range| range.contains(&symbol.start)).map_or(symbol.start + 1, |range| range.end);
+                let limit = self
+                    .text
+                    .iter()
+                    .find(|range| range.contains(&symbol.start))
+                    .map_or(symbol.start + 1, |range| range.end);
                 symbol.end = next.unwrap_or(limit).min(limit);
             }
         }

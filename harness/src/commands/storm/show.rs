@@ -44,7 +44,10 @@ impl<'a> Progress<'a> {
             Phase::Booting => self.stage("boots", String::new()),
             Phase::Binding => self.stage("binds the GPUs", String::new()),
             Phase::Running { progress, stalled } => {
-                let mut detail = format!(": round {}, {} operations, {} device faults", progress.round, progress.operations, progress.faults);
+                let mut detail = format!(
+                    ": round {}, {} operations, {} device faults",
+                    progress.round, progress.operations, progress.faults
+                );
                 if stalled >= Duration::from_secs(2) {
                     let _ = write!(detail, "; nothing completed for {:.0} s", stalled.as_secs_f64());
                 }
@@ -149,13 +152,23 @@ pub(super) struct Summary {
 impl Summary {
     /// Counts records.
     pub(super) fn of(records: &[Record], asked: u64) -> Self {
-        let count = |held: &dyn Fn(&Record) -> bool| records.iter().filter(|record| held(record)).count() as u64;
-        let failed = |record: &Record| record.judgement.verdict == Verdict::HarnessError && !record.as_expected;
+        let count =
+            |held: &dyn Fn(&Record) -> bool| records.iter().filter(|record| held(record)).count() as u64;
+        let failed =
+            |record: &Record| record.judgement.verdict == Verdict::HarnessError && !record.as_expected;
         let harness_errors = count(&failed);
         let judged = records.len() as u64 - harness_errors;
         let share = |verdict: Verdict| {
             let hits = count(&|record| record.judgement.verdict == verdict);
-            (hits > 0).then(|| (verdict, Share::wilson(hits, if verdict == Verdict::HarnessError { records.len() as u64 } else { judged })))
+            (hits > 0).then(|| {
+                (
+                    verdict,
+                    Share::wilson(
+                        hits,
+                        if verdict == Verdict::HarnessError { records.len() as u64 } else { judged },
+                    ),
+                )
+            })
         };
         Self {
             verdicts: Verdict::ALL.into_iter().filter_map(share).collect(),
@@ -168,7 +181,8 @@ impl Summary {
 
 impl std::fmt::Display for Summary {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let counts: Vec<String> = self.verdicts.iter().map(|(verdict, share)| format!("{verdict} {share}")).collect();
+        let counts: Vec<String> =
+            self.verdicts.iter().map(|(verdict, share)| format!("{verdict} {share}")).collect();
         f.write_str(&counts.join(", "))?;
         let ended = self.as_expected.runs + self.harness_errors;
         if ended < self.asked {

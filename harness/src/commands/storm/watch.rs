@@ -90,7 +90,12 @@ pub(super) struct Watcher<'a> {
 
 impl<'a> Watcher<'a> {
     /// A watcher with a judge and a sampler of its own; `modules` are the image's unstripped modules.
-    pub(super) fn new(judge: Judge, sampler: Sampler, modules: &'a BTreeMap<String, PathBuf>, deterministic: bool) -> Self {
+    pub(super) fn new(
+        judge: Judge,
+        sampler: Sampler,
+        modules: &'a BTreeMap<String, PathBuf>,
+        deterministic: bool,
+    ) -> Self {
         Self {
             judge,
             sampler,
@@ -108,7 +113,11 @@ impl<'a> Watcher<'a> {
     }
 
     /// Watches until the verdict is certain. `progress` is called at every look. The machine may still run afterwards.
-    pub(super) fn watch(mut self, machine: &mut Machine, mut progress: impl FnMut(Phase)) -> Result<Seen, Error> {
+    pub(super) fn watch(
+        mut self,
+        machine: &mut Machine,
+        mut progress: impl FnMut(Phase),
+    ) -> Result<Seen, Error> {
         let started = machine.started();
         let scratch = machine.sockets().dir.join("memory");
         let tick = if self.deterministic { DETERMINISTIC_TICK } else { TICK };
@@ -205,7 +214,9 @@ impl<'a> Watcher<'a> {
     fn suspicious(&self, now: Duration) -> bool {
         let Phase::Running { stalled, .. } = self.judge.phase() else { return false };
         if self.deterministic {
-            let stuck = |finding: &Finding| matches!(finding.kind, Kind::WorkqueueLockup { .. } | Kind::SoftLockup { .. });
+            let stuck = |finding: &Finding| {
+                matches!(finding.kind, Kind::WorkqueueLockup { .. } | Kind::SoftLockup { .. })
+            };
             return self.judge.findings().any(stuck) || stalled >= self.judge.limits().detectors * 2;
         }
         now.saturating_sub(self.judge.stalled_since()) >= SUSPICION
@@ -236,7 +247,9 @@ impl<'a> Watcher<'a> {
         self.scanner.finish();
         self.console_grew = true;
         self.hand_over(at);
-        if let (Ended::PoweredOff, Phase::Booting | Phase::Binding, Some(garbled)) = (&ended, self.judge.phase(), &self.garbled) {
+        if let (Ended::PoweredOff, Phase::Booting | Phase::Binding, Some(garbled)) =
+            (&ended, self.judge.phase(), &self.garbled)
+        {
             ended = Ended::BenchFailed(format!("the storm's records make no sense: {garbled}"));
         }
         self.judge.observe(at, Observation::Ended(ended));
@@ -246,7 +259,11 @@ impl<'a> Watcher<'a> {
 
     fn seen(mut self, mut judgement: Judgement, verdict_at: Duration) -> Seen {
         self.scanner.finish();
-        let notes = self.garbled.iter().map(|garbled| format!("a line of events.jsonl is no record: {garbled}")).chain(self.warnings);
+        let notes = self
+            .garbled
+            .iter()
+            .map(|garbled| format!("a line of events.jsonl is no record: {garbled}"))
+            .chain(self.warnings);
         judgement.also.extend(notes);
         Seen {
             judgement,

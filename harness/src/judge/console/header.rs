@@ -43,7 +43,9 @@ static PATTERNS: LazyLock<Patterns> = LazyLock::new(|| {
     Patterns {
         soft: pattern(r"^BUG: soft lockup - CPU#(\d+) stuck for (\d+)s! \[(.*):(\d+)\]"),
         hard: pattern(r"^CPU(?:\d+): Watchdog detected hard LOCKUP on cpu (\d+)"),
-        hung: pattern(r"^INFO: task (.*):(\d+) (?:blocked (?:in I/O wait )?|can't die )for more than (\d+) seconds"),
+        hung: pattern(
+            r"^INFO: task (.*):(\d+) (?:blocked (?:in I/O wait )?|can't die )for more than (\d+) seconds",
+        ),
         stuck_pool: pattern(r"^BUG: workqueue lockup - pool(?: cpus=(\S+))?.*? stuck for (\d+)s!"),
         rcu: pattern(r"^INFO: rcu_\w+ (?:self-)?detected (?:expedited )?stall"),
         warn: pattern(r"^WARNING: .*CPU[#:] ?(\d+)(?:: (.*)/(\d+)$| PID: (\d+))"),
@@ -51,7 +53,9 @@ static PATTERNS: LazyLock<Patterns> = LazyLock::new(|| {
         bad_accounting: pattern(r"^BUG: (?:Bad rss-counter|non-zero (?:pgtables_bytes|nr_ptes|nr_pmds))"),
         sanitizer: pattern(r"^(?:BUG: (?:KASAN|KCSAN|KFENCE|KMSAN): |UBSAN: )"),
         slab: pattern(r"^BUG [\w.:-]+ \(.*\): "),
-        trap: pattern(r"^(?:Oops: |general protection fault|stack segment: |divide error: |invalid opcode: |int3: |PANIC: double fault)"),
+        trap: pattern(
+            r"^(?:Oops: |general protection fault|stack segment: |divide error: |invalid opcode: |int3: |PANIC: double fault)",
+        ),
     }
 });
 
@@ -88,7 +92,8 @@ pub(super) fn classify(message: &str) -> Option<Header> {
 
 fn liveness(message: &str) -> Option<Header> {
     let patterns = &*PATTERNS;
-    let number = |text: Option<regex::Match<'_>>| text.and_then(|text| text.as_str().parse::<u64>().ok()).unwrap_or(0);
+    let number =
+        |text: Option<regex::Match<'_>>| text.and_then(|text| text.as_str().parse::<u64>().ok()).unwrap_or(0);
     let task = |comm: Option<regex::Match<'_>>, pid: Option<regex::Match<'_>>| {
         Some(Task { comm: comm?.as_str().to_owned(), pid: pid?.as_str().parse().ok()? })
     };
@@ -100,7 +105,11 @@ fn liveness(message: &str) -> Option<Header> {
         });
     }
     if let Some(found) = patterns.hard.captures(message) {
-        return Some(Header { kind: Kind::HardLockup, task: None, cpu: u32::try_from(number(found.get(1))).ok() });
+        return Some(Header {
+            kind: Kind::HardLockup,
+            task: None,
+            cpu: u32::try_from(number(found.get(1))).ok(),
+        });
     }
     if let Some(found) = patterns.hung.captures(message) {
         return Some(Header {
@@ -121,7 +130,9 @@ fn liveness(message: &str) -> Option<Header> {
     if message == "Showing busy workqueues and worker pools:" {
         return Some(Header::of(Kind::WorkqueueDump { items: Vec::new() }));
     }
-    if let Some(cpu) = message.strip_prefix("NMI backtrace for cpu ").and_then(|cpu| cpu.trim_end().parse().ok()) {
+    if let Some(cpu) =
+        message.strip_prefix("NMI backtrace for cpu ").and_then(|cpu| cpu.trim_end().parse().ok())
+    {
         return Some(Header { kind: Kind::CpuDump, task: None, cpu: Some(cpu) });
     }
     if message.starts_with("Out of memory: Killed process") {
@@ -141,7 +152,9 @@ fn crash(message: &str) -> Option<Header> {
     if message.starts_with("WARNING: ") {
         let found = patterns.warn.captures(message);
         let part = |index: usize| found.as_ref().and_then(|found| found.get(index)).map(|part| part.as_str());
-        let task = part(2).zip(part(3)).and_then(|(comm, pid)| Some(Task { comm: comm.to_owned(), pid: pid.parse().ok()? }));
+        let task = part(2)
+            .zip(part(3))
+            .and_then(|(comm, pid)| Some(Task { comm: comm.to_owned(), pid: pid.parse().ok()? }));
         return Some(Header { kind: Kind::Warning, task, cpu: part(1).and_then(|cpu| cpu.parse().ok()) });
     }
     let kind = if message.starts_with("panicked at ") {
@@ -152,7 +165,8 @@ fn crash(message: &str) -> Option<Header> {
         Kind::BadAccounting
     } else if patterns.sanitizer.is_match(message) || patterns.slab.is_match(message) {
         Kind::Sanitizer
-    } else if message.starts_with("BUG: kernel NULL pointer") || message.starts_with("BUG: unable to handle") {
+    } else if message.starts_with("BUG: kernel NULL pointer") || message.starts_with("BUG: unable to handle")
+    {
         Kind::Oops
     } else if message.starts_with("BUG: ") || message.starts_with("kernel BUG at ") {
         Kind::KernelBug
@@ -174,19 +188,28 @@ mod tests {
 
     #[test]
     fn liveness_reports() {
-        let soft = classify("watchdog: BUG: soft lockup - CPU#139 stuck for 52s! [kworker/u900:1:9985]").expect("soft lockup");
+        let soft = classify("watchdog: BUG: soft lockup - CPU#139 stuck for 52s! [kworker/u900:1:9985]")
+            .expect("soft lockup");
         assert_eq!(soft.kind, Kind::SoftLockup { seconds: 52 });
         assert_eq!(soft.task, Some(Task { comm: "kworker/u900:1".into(), pid: 9985 }));
         assert_eq!(soft.cpu, Some(139));
         let hung = classify("INFO: task init:1 blocked for more than 8 seconds.").expect("hung task");
         assert_eq!(hung.kind, Kind::HungTask { seconds: 8, blocker: None });
         assert_eq!(hung.task.map(|task| task.pid), Some(1));
-        assert!(matches!(kind("watchdog: CPU1: Watchdog detected hard LOCKUP on cpu 2"), Some(Kind::HardLockup)));
-        let Some(Kind::WorkqueueLockup { pools, .. }) = kind("BUG: workqueue lockup - pool cpus=0,2-3 node=0 flags=0x0 nice=0 stuck for 8s!") else {
+        assert!(matches!(
+            kind("watchdog: CPU1: Watchdog detected hard LOCKUP on cpu 2"),
+            Some(Kind::HardLockup)
+        ));
+        let Some(Kind::WorkqueueLockup { pools, .. }) =
+            kind("BUG: workqueue lockup - pool cpus=0,2-3 node=0 flags=0x0 nice=0 stuck for 8s!")
+        else {
             panic!("no workqueue lockup");
         };
         assert_eq!((pools[0].cpus.as_slice(), pools[0].seconds), ([0, 2, 3].as_slice(), 8));
-        assert_eq!(classify("NMI backtrace for cpu 2").map(|header| (header.kind, header.cpu)), Some((Kind::CpuDump, Some(2))));
+        assert_eq!(
+            classify("NMI backtrace for cpu 2").map(|header| (header.kind, header.cpu)),
+            Some((Kind::CpuDump, Some(2)))
+        );
         assert_eq!(kind("NMI backtrace for cpu 0 skipped: idling at default_idle+0x9/0x10"), None);
         for stall in [
             "rcu: INFO: rcu_preempt self-detected stall on CPU",
@@ -202,11 +225,17 @@ mod tests {
         for (message, expected) in [
             ("BUG: kernel NULL pointer dereference, address: 0000000000000008", Kind::Oops),
             ("BUG: unable to handle page fault for address: ffffc90000000000", Kind::Oops),
-            ("Oops: general protection fault, probably for non-canonical address 0xdead: 0000 [#1] SMP", Kind::Oops),
+            (
+                "Oops: general protection fault, probably for non-canonical address 0xdead: 0000 [#1] SMP",
+                Kind::Oops,
+            ),
             ("kernel BUG at mm/huge_memory.c:3012!", Kind::KernelBug),
             ("BUG: sleeping function called from invalid context at mm/memory.c:1", Kind::KernelBug),
             ("BUG: Bad page state in process storm  pfn:0fcf1", Kind::BadPage),
-            ("BUG: Bad rss-counter state mm:00000000f0 type:MM_ANONPAGES val:1 Comm:storm Pid:3", Kind::BadAccounting),
+            (
+                "BUG: Bad rss-counter state mm:00000000f0 type:MM_ANONPAGES val:1 Comm:storm Pid:3",
+                Kind::BadAccounting,
+            ),
             ("BUG: KASAN: slab-use-after-free in hsgpu_probe+0x1/0x2", Kind::Sanitizer),
             ("UBSAN: shift-out-of-bounds in mm/hmm.c:3:4", Kind::Sanitizer),
             ("BUG kmalloc-64 (Tainted: G    B  ): Redzone overwritten", Kind::Sanitizer),
@@ -216,9 +245,12 @@ mod tests {
         ] {
             assert_eq!(kind(message), Some(expected), "{message}");
         }
-        let warn = classify("WARNING: mm/migrate_device.c:576 at migrate_device_unmap+0x12/0x345, CPU#3: storm/57").expect("a warning");
+        let warn =
+            classify("WARNING: mm/migrate_device.c:576 at migrate_device_unmap+0x12/0x345, CPU#3: storm/57")
+                .expect("a warning");
         assert_eq!((warn.task, warn.cpu), (Some(Task { comm: "storm".into(), pid: 57 }), Some(3)));
-        let old = classify("WARNING: CPU: 2 PID: 9 at mm/x.c:1 f+0x1/0x2").expect("a warning of older kernels");
+        let old =
+            classify("WARNING: CPU: 2 PID: 9 at mm/x.c:1 f+0x1/0x2").expect("a warning of older kernels");
         assert_eq!(old.cpu, Some(2));
     }
 

@@ -28,7 +28,9 @@ impl<'a> Line<'a> {
             #[expect(clippy::unwrap_used, reason = "a constant pattern, compiled by the tests")]
             Regex::new(r"^\[\s*(\d{1,9})\.(\d{6})\](?:\[\s*([TC]\d+)\])? ?").unwrap()
         });
-        let Some(prefix) = PREFIX.captures(text) else { return Self { number, time: None, caller: None, message: text } };
+        let Some(prefix) = PREFIX.captures(text) else {
+            return Self { number, time: None, caller: None, message: text };
+        };
         let part = |index: usize| prefix.get(index).map_or("", |part| part.as_str());
         let time = part(1).parse::<u64>().ok().zip(part(2).parse::<u64>().ok());
         Self {

@@ -157,10 +157,16 @@ impl State {
     fn continues(&mut self, line: &Line<'_>, header: &Header) -> bool {
         if let Kind::WorkqueueDump { .. } = header.kind {
             // The watchdog prints its pools first, then asks for the dump.
-            let last = self.findings.iter().rposition(|finding| matches!(finding.kind, Kind::WorkqueueLockup { .. }));
+            let last = self
+                .findings
+                .iter()
+                .rposition(|finding| matches!(finding.kind, Kind::WorkqueueLockup { .. }));
             let recent = last.filter(|&index| {
                 let items = self.findings[index].work_items().is_empty();
-                let near = line.time.zip(self.findings[index].time).is_none_or(|(now, then)| now.abs_diff(then) < 2_000_000_000);
+                let near = line
+                    .time
+                    .zip(self.findings[index].time)
+                    .is_none_or(|(now, then)| now.abs_diff(then) < 2_000_000_000);
                 items && near
             });
             if let Some(index) = recent {
@@ -170,11 +176,16 @@ impl State {
         }
         if let Kind::WorkqueueLockup { pools: more, .. } = &header.kind {
             // One watchdog run names all its pools within milliseconds, before the dump.
-            let Some(finding) = self.findings.iter_mut().rev().find(|finding| matches!(finding.kind, Kind::WorkqueueLockup { .. }))
+            let Some(finding) = self
+                .findings
+                .iter_mut()
+                .rev()
+                .find(|finding| matches!(finding.kind, Kind::WorkqueueLockup { .. }))
             else {
                 return false;
             };
-            let near = line.time.zip(finding.time).is_none_or(|(now, then)| now.abs_diff(then) < 2_000_000_000);
+            let near =
+                line.time.zip(finding.time).is_none_or(|(now, then)| now.abs_diff(then) < 2_000_000_000);
             if let Kind::WorkqueueLockup { pools, items } = &mut finding.kind
                 && items.is_empty()
                 && near
@@ -255,10 +266,13 @@ impl State {
                 .unwrap()
         });
         let Some(found) = BLOCKED.captures(line.message) else { return false };
-        let (Ok(waiter), Ok(owner)) = (found[1].parse::<u32>(), found[4].parse::<u32>()) else { return false };
+        let (Ok(waiter), Ok(owner)) = (found[1].parse::<u32>(), found[4].parse::<u32>()) else {
+            return false;
+        };
         let owner = Task { comm: found[3].to_owned(), pid: owner };
         let report = self.findings.iter_mut().rev().find(|finding| {
-            matches!(finding.kind, Kind::HungTask { .. }) && finding.task.as_ref().is_some_and(|task| task.pid == waiter)
+            matches!(finding.kind, Kind::HungTask { .. })
+                && finding.task.as_ref().is_some_and(|task| task.pid == waiter)
         });
         if let Some(Finding { kind: Kind::HungTask { blocker, .. }, .. }) = report {
             *blocker = Some(Blocker { lock: found[2].to_owned(), owner });
@@ -319,7 +333,10 @@ impl State {
 fn cpu_and_task(message: &str) -> Option<(u32, Task)> {
     static CPU: LazyLock<Regex> = LazyLock::new(|| {
         #[expect(clippy::unwrap_used, reason = "a constant pattern, compiled by the tests")]
-        Regex::new(r"^CPU: (\d+) (?:UID: \d+ )?PID: (\d+) Comm: (.*?) (?:Kdump: loaded )?(?:Not tainted|Tainted: )").unwrap()
+        Regex::new(
+            r"^CPU: (\d+) (?:UID: \d+ )?PID: (\d+) Comm: (.*?) (?:Kdump: loaded )?(?:Not tainted|Tainted: )",
+        )
+        .unwrap()
     });
     let found = CPU.captures(message)?;
     Some((found[1].parse().ok()?, Task { comm: found[3].to_owned(), pid: found[2].parse().ok()? }))

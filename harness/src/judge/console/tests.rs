@@ -16,29 +16,36 @@ fn scan(console: &str) -> Vec<Finding> {
 #[test]
 fn a_recorded_livelock() {
     let findings = scan(LIVELOCK);
-    let detectors: Vec<&Finding> = findings.iter().filter(|finding| finding.class() == Class::Detector).collect();
+    let detectors: Vec<&Finding> =
+        findings.iter().filter(|finding| finding.class() == Class::Detector).collect();
     assert!(findings.iter().all(|finding| finding.class() != Class::Crash), "{findings:#?}");
     let Kind::WorkqueueLockup { pools, items } = &detectors[0].kind else { panic!("{:?}", detectors[0]) };
     assert_eq!(pools.iter().map(|pool| pool.cpus[0]).collect::<Vec<_>>(), [1, 2, 3]);
     let drain = items.iter().find(|item| item.flusher.is_some()).expect("a flushed item");
-    assert_eq!((drain.function.as_str(), drain.workqueue.as_str()), ("lru_add_drain_per_cpu", "mm_percpu_wq"));
+    assert_eq!(
+        (drain.function.as_str(), drain.workqueue.as_str()),
+        ("lru_add_drain_per_cpu", "mm_percpu_wq")
+    );
     assert_eq!((drain.flusher, drain.cpus.as_slice()), (Some(1), [1].as_slice()));
 
-    let soft: Vec<&&Finding> = detectors.iter().filter(|finding| matches!(finding.kind, Kind::SoftLockup { .. })).collect();
+    let soft: Vec<&&Finding> =
+        detectors.iter().filter(|finding| matches!(finding.kind, Kind::SoftLockup { .. })).collect();
     assert_eq!(soft[0].cpu, Some(2));
     assert_eq!(soft[0].task, Some(Task { comm: "faulter-1".into(), pid: 54 }));
     for lockup in &soft[..3] {
         assert!(lockup.complete && contains(&lockup.stack, "hmm_range_fault"), "{lockup:#?}");
         assert!(contains(&lockup.stack, "dmirror_fault"));
     }
-    let hung = detectors.iter().find(|finding| matches!(finding.kind, Kind::HungTask { .. })).expect("a hung task");
+    let hung =
+        detectors.iter().find(|finding| matches!(finding.kind, Kind::HungTask { .. })).expect("a hung task");
     assert_eq!(hung.task, Some(Task { comm: "init".into(), pid: 1 }));
     assert_eq!(
         stable(&hung.stack, 4),
         ["__lru_add_drain_all", "lru_add_drain_all", "migrate_device_unmap", "migrate_vma_setup"]
     );
     assert_eq!(hung.title, "INFO: task init:1 blocked for more than 8 seconds.");
-    let line = LIVELOCK.lines().nth(usize::try_from(hung.line - 1).expect("a line number")).expect("the line");
+    let line =
+        LIVELOCK.lines().nth(usize::try_from(hung.line - 1).expect("a line number")).expect("the line");
     assert!(line.ends_with(&hung.title), "{line}");
 }
 
@@ -161,7 +168,8 @@ fn deferred_lines_are_put_in_the_order_of_the_guest() {
 
 #[test]
 fn a_second_boot_is_noticed() {
-    let console = "[    0.000000] Linux version 6.19.6\n[    1.000000] x\n[    0.000000] Linux version 6.19.6\n";
+    let console =
+        "[    0.000000] Linux version 6.19.6\n[    1.000000] x\n[    0.000000] Linux version 6.19.6\n";
     assert_eq!(scan(console)[0].kind, Kind::UnexpectedReboot);
 }
 

@@ -118,7 +118,10 @@ mod tests {
         let drain = items.iter().find(|item| item.function == "lru_add_drain_per_cpu").expect("the drain");
         assert_eq!((drain.workqueue.as_str(), drain.cpus.as_slice()), ("mm_percpu_wq", [1].as_slice()));
         assert_eq!((drain.flusher, drain.state, drain.line), (Some(57), WorkState::Pending, 9));
-        assert_eq!(items.iter().find(|item| item.function == "vmstat_update").and_then(|item| item.flusher), None);
+        assert_eq!(
+            items.iter().find(|item| item.function == "vmstat_update").and_then(|item| item.flusher),
+            None
+        );
         assert_eq!(items[0].worker, Some(10));
         assert_eq!((items[1].worker, items[1].flusher), (Some(12), Some(9)));
         assert_eq!((items[2].count, items[2].cpus.as_slice()), (2, [0, 1, 2, 3].as_slice()));

@@ -122,7 +122,10 @@ impl Sampler {
                 return Err(error);
             }
             let stack = walked.addresses.iter().map(|&address| self.symbols.frame(address)).collect();
-            self.push(registers.cpu, Sample { at, mode, ip: registers.rip, stack, complete: walked.complete });
+            self.push(
+                registers.cpu,
+                Sample { at, mode, ip: registers.rip, stack, complete: walked.complete },
+            );
         }
         Ok(())
     }
@@ -176,8 +179,15 @@ mod tests {
             Ok(self.0.clone())
         }
 
-        fn read_memory(&mut self, _cpu: u32, address: u64, length: usize) -> Result<Option<Vec<u8>>, Self::Error> {
-            let Some(from) = address.checked_sub(self.2).and_then(|from| usize::try_from(from).ok()) else { return Ok(None) };
+        fn read_memory(
+            &mut self,
+            _cpu: u32,
+            address: u64,
+            length: usize,
+        ) -> Result<Option<Vec<u8>>, Self::Error> {
+            let Some(from) = address.checked_sub(self.2).and_then(|from| usize::try_from(from).ok()) else {
+                return Ok(None);
+            };
             Ok(self.1.get(from..(from + length).min(self.1.len())).map(<[u8]>::to_vec))
         }
     }
@@ -187,11 +197,20 @@ mod tests {
         let base = 0xffff_8880_0000_4000;
         let mut memory = vec![0; 0x4000];
         memory[0x3f08..0x3f10].copy_from_slice(&0x1020u64.to_le_bytes());
-        let at = |cpu, cpl, halted| CpuRegisters { cpu, rip: 0x1001, rsp: base + 0x3ef0, rbp: base + 0x3f00, cpl, halted };
+        let at = |cpu, cpl, halted| CpuRegisters {
+            cpu,
+            rip: 0x1001,
+            rsp: base + 0x3ef0,
+            rbp: base + 0x3f00,
+            cpl,
+            halted,
+        };
         let mut probe = Fixed(vec![at(0, 0, true), at(1, 3, false), at(2, 0, false)], memory, base);
-        let mut sampler = Sampler::new(Symbols::from_table(&[(0x1000, 0x10, "leaf"), (0x1010, 0x20, "ret_from_fork")]));
+        let mut sampler =
+            Sampler::new(Symbols::from_table(&[(0x1000, 0x10, "leaf"), (0x1010, 0x20, "ret_from_fork")]));
         sampler.sample(Duration::from_secs(1), &mut probe).expect("a sample");
-        let modes: Vec<Mode> = (0..3).flat_map(|cpu| sampler.samples(cpu).map(|sample| sample.mode)).collect();
+        let modes: Vec<Mode> =
+            (0..3).flat_map(|cpu| sampler.samples(cpu).map(|sample| sample.mode)).collect();
         assert_eq!(modes, [Mode::Halted, Mode::User, Mode::Kernel]);
         let sample = sampler.samples(2).next().expect("a sample of CPU 2");
         let names: Vec<&str> = sample.stack.iter().map(|frame| frame.function.as_str()).collect();
@@ -202,7 +221,16 @@ mod tests {
     fn old_samples_make_room() {
         let mut sampler = Sampler::default();
         for n in 0..KEPT as u64 + 10 {
-            sampler.push(0, Sample { at: Duration::from_millis(n), mode: Mode::User, ip: 0, stack: Vec::new(), complete: true });
+            sampler.push(
+                0,
+                Sample {
+                    at: Duration::from_millis(n),
+                    mode: Mode::User,
+                    ip: 0,
+                    stack: Vec::new(),
+                    complete: true,
+                },
+            );
         }
         assert_eq!(sampler.samples(0).count(), KEPT);
         assert_eq!(sampler.samples(0).next().map(|sample| sample.at), Some(Duration::from_millis(10)));

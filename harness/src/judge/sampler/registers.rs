@@ -48,7 +48,14 @@ RIP=000000000044061b RFL=00000246 [---Z-P-] CPL=3 II=0 A20=1 SMM=0 HLT=0\r
     fn two_cpus() {
         let cpus = parse(TWO);
         assert_eq!(cpus.len(), 2);
-        let idle = CpuRegisters { cpu: 0, rip: 0xffff_ffff_8163_b8b3, rsp: 0xffff_ffff_81a0_3e60, rbp: 0xffff_ffff_81a0_3e68, cpl: 0, halted: true };
+        let idle = CpuRegisters {
+            cpu: 0,
+            rip: 0xffff_ffff_8163_b8b3,
+            rsp: 0xffff_ffff_81a0_3e60,
+            rbp: 0xffff_ffff_81a0_3e68,
+            cpl: 0,
+            halted: true,
+        };
         assert_eq!(cpus[0], idle);
         assert_eq!((cpus[1].cpu, cpus[1].cpl, cpus[1].halted), (13, 3, false));
     }

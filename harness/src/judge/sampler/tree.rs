@@ -88,8 +88,11 @@ impl CpuSummary {
         let trunk = trunk(recent, 1.0 - (1.0 - rules.share) / 2.0);
         let in_tree: Vec<bool> = recent.iter().map(|sample| has_trunk(sample, &trunk)).collect();
         summary.in_tree = in_tree.iter().filter(|&&yes| yes).count();
-        let torn = |(sample, &in_tree): (&&Sample, &bool)| sample.mode == Mode::Kernel && !sample.complete && !in_tree;
-        let telling: Vec<bool> = recent.iter().zip(&in_tree).filter(|&pair| !torn(pair)).map(|(_, &in_tree)| in_tree).collect();
+        let torn = |(sample, &in_tree): (&&Sample, &bool)| {
+            sample.mode == Mode::Kernel && !sample.complete && !in_tree
+        };
+        let telling: Vec<bool> =
+            recent.iter().zip(&in_tree).filter(|&pair| !torn(pair)).map(|(_, &in_tree)| in_tree).collect();
         summary.judged = recent.len();
         summary.torn = recent.len() - telling.len();
         summary.windows = windows(&telling, rules);
@@ -128,7 +131,8 @@ fn from_root(sample: &Sample) -> impl Iterator<Item = &str> {
 /// The longest list of functions from the root that at least `share` of all samples agree on. Walks that missed the root
 /// do not vote.
 fn trunk(samples: &[&Sample], share: f64) -> Vec<String> {
-    let mut voters: Vec<Vec<&str>> = samples.iter().filter(|sample| sample.complete).map(|sample| from_root(sample).collect()).collect();
+    let mut voters: Vec<Vec<&str>> =
+        samples.iter().filter(|sample| sample.complete).map(|sample| from_root(sample).collect()).collect();
     let complete = voters.len();
     let mut trunk: Vec<String> = Vec::new();
     loop {
@@ -181,7 +185,8 @@ fn above(samples: &[&Sample], trunk: &[String]) -> Vec<(String, usize)> {
             *seen.entry(function).or_default() += 1;
         }
     }
-    let mut seen: Vec<(String, usize)> = seen.into_iter().map(|(function, count)| (function.to_owned(), count)).collect();
+    let mut seen: Vec<(String, usize)> =
+        seen.into_iter().map(|(function, count)| (function.to_owned(), count)).collect();
     seen.sort_by(|a, b| b.1.cmp(&a.1).then_with(|| a.0.cmp(&b.0)));
     seen.truncate(16);
     seen
@@ -198,7 +203,13 @@ mod tests {
 
     /// A kernel sample: functions from below the system call entry on, root first.
     fn kernel(ip: u64, functions: &[&str]) -> Sample {
-        let frame = |function: &&str| Frame { function: (*function).to_owned(), offset: 1, module: None, reliable: true, interrupt: false };
+        let frame = |function: &&str| Frame {
+            function: (*function).to_owned(),
+            offset: 1,
+            module: None,
+            reliable: true,
+            interrupt: false,
+        };
         let stack = ENTRY.iter().chain(functions).rev().map(frame).collect();
         Sample { at: Duration::ZERO, mode: Mode::Kernel, ip, stack, complete: true }
     }
@@ -213,7 +224,8 @@ mod tests {
 
     fn spin(n: u64) -> Sample {
         let above: [&[&str]; 3] = [&[], &["walk_page_range"], &["walk_page_range", "do_swap_page"]];
-        let functions: Vec<&str> = ["hsgpu_access", "hmm_range_fault"].iter().chain(above[n as usize % 3]).copied().collect();
+        let functions: Vec<&str> =
+            ["hsgpu_access", "hmm_range_fault"].iter().chain(above[n as usize % 3]).copied().collect();
         kernel(n, &functions)
     }
 
@@ -245,7 +257,8 @@ mod tests {
 
     #[test]
     fn a_task_that_returns_to_user_mode_does_not() {
-        let samples: Vec<Sample> = (0..20).map(|n| if n % 5 == 0 { other(Mode::User) } else { spin(n) }).collect();
+        let samples: Vec<Sample> =
+            (0..20).map(|n| if n % 5 == 0 { other(Mode::User) } else { spin(n) }).collect();
         assert!(!summary(&samples).spins);
     }
 
@@ -273,7 +286,10 @@ mod tests {
         for sample in samples.iter_mut().step_by(4) {
             sample.stack.clear();
         }
-        assert_eq!((summary(&samples).judged, summary(&samples).torn, summary(&samples).spins), (30, 7, true));
+        assert_eq!(
+            (summary(&samples).judged, summary(&samples).torn, summary(&samples).spins),
+            (30, 7, true)
+        );
         for sample in &mut samples[20..] {
             sample.stack.clear();
             sample.complete = false;
@@ -283,7 +299,8 @@ mod tests {
 
     #[test]
     fn an_idle_cpu() {
-        let samples: Vec<Sample> = (0..20).map(|n| if n == 3 { spin(n) } else { other(Mode::Halted) }).collect();
+        let samples: Vec<Sample> =
+            (0..20).map(|n| if n == 3 { spin(n) } else { other(Mode::Halted) }).collect();
         let summary = summary(&samples);
         assert!(summary.idle && !summary.spins, "{summary:#?}");
     }

@@ -62,7 +62,9 @@ pub(super) fn walk(
         // On an interrupt stack, whose last word is the stack pointer of what was interrupted (`call_on_irqstack`,
         // arch/x86/include/asm/irq_stack.h), the frames near the root are on the other stack.
         let top = (registers.rsp | (STACK - 1)) - 7;
-        if let Some(interrupted) = memory.cached(top).filter(|&rsp| rsp > KERNEL && rsp / STACK != registers.rsp / STACK) {
+        if let Some(interrupted) =
+            memory.cached(top).filter(|&rsp| rsp > KERNEL && rsp / STACK != registers.rsp / STACK)
+        {
             memory.load(interrupted);
         }
         let mut candidates = memory.slots().into_iter();
@@ -70,7 +72,8 @@ pub(super) fn walk(
             walk = resumed;
         }
     }
-    let missed = caller.filter(|&caller| walk.complete && is_text(caller) && walk.addresses.first() != Some(&caller));
+    let missed =
+        caller.filter(|&caller| walk.complete && is_text(caller) && walk.addresses.first() != Some(&caller));
     walk.addresses.splice(0..0, [registers.rip].into_iter().chain(missed));
     walk
 }
@@ -98,9 +101,11 @@ fn chain(memory: &mut Memory<'_>, mut rbp: u64, is_root: &impl Fn(u64) -> Option
         if rbp & 1 == 1 && rbp > KERNEL {
             let regs = rbp & !1;
             // From the lowest word on, so that one read has them all.
-            let (Some(bp), Some(ip), Some(cs)) =
-                (memory.word(regs, pt_regs::BP), memory.word(regs, pt_regs::IP), memory.word(regs, pt_regs::CS))
-            else {
+            let (Some(bp), Some(ip), Some(cs)) = (
+                memory.word(regs, pt_regs::BP),
+                memory.word(regs, pt_regs::IP),
+                memory.word(regs, pt_regs::CS),
+            ) else {
                 break;
             };
             if cs & 3 != 0 || ip == 0 {
@@ -271,7 +276,12 @@ mod tests {
     #[test]
     fn an_exception_from_user_mode_is_a_root() {
         let regs = 0x3e00;
-        let bytes = stack(&[(0x3d00, BASE + regs + 1), (0x3d08, ROOT), (regs + pt_regs::IP, 0x4000), (regs + pt_regs::CS, 0x33)]);
+        let bytes = stack(&[
+            (0x3d00, BASE + regs + 1),
+            (0x3d08, ROOT),
+            (regs + pt_regs::IP, 0x4000),
+            (regs + pt_regs::CS, 0x33),
+        ]);
         let (walk, _) = walk_on(&bytes, TEXT, BASE + 0x3cf0, BASE + 0x3d00);
         assert!(walk.complete);
         assert_eq!(walk.addresses.len(), 2);
@@ -280,12 +290,12 @@ mod tests {
     #[test]
     fn a_torn_leaf_is_skipped_up_to_a_chain_that_reaches_the_root() {
         let bytes = stack(&[
-            (0x3e00, 0xdead),           // where rbp pointed: overwritten by a later call
-            (0x3e10, BASE + 0x3e18),    // looks like a frame, and leads nowhere
+            (0x3e00, 0xdead),        // where rbp pointed: overwritten by a later call
+            (0x3e10, BASE + 0x3e18), // looks like a frame, and leads nowhere
             (0x3e18, TEXT + 0x50),
             (0x3f00, BASE + 0x3f40),
             (0x3f08, TEXT + 0x100),
-            (0x3f20, 0),                // and this one ends where nothing begins
+            (0x3f20, 0), // and this one ends where nothing begins
             (0x3f28, TEXT + 0x60),
             (0x3f40, 0),
             (0x3f48, ROOT),
@@ -300,7 +310,12 @@ mod tests {
     fn a_torn_leaf_on_an_interrupt_stack_is_skipped_down_to_the_stack_below() {
         // Two stacks of 16 KiB in a row; the CPU is on the first, and its last word points into the second.
         let mut bytes = stack(&[(0x3ff8, BASE + STACK + 0x3e00)]);
-        bytes.extend(stack(&[(0x3f00, BASE + STACK + 0x3f40), (0x3f08, TEXT + 0x100), (0x3f40, 0), (0x3f48, ROOT)]));
+        bytes.extend(stack(&[
+            (0x3f00, BASE + STACK + 0x3f40),
+            (0x3f08, TEXT + 0x100),
+            (0x3f40, 0),
+            (0x3f48, ROOT),
+        ]));
         let (walk, reads) = walk_on(&bytes, TEXT, BASE + 0x3f00, BASE + 0x3f10);
         assert_eq!(walk.addresses, [TEXT, TEXT + 0x100, ROOT]);
         assert!(walk.complete && reads == 2);

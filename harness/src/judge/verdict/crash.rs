@@ -19,9 +19,21 @@ pub(super) fn others(findings: &[Finding]) -> impl Iterator<Item = &Finding> {
 pub(super) fn frames(finding: &Finding) -> Vec<String> {
     let mut frames = stable(&finding.stack, 8);
     let reporting = |function: &str| {
-        ["dump_stack", "show_stack", "bad_page", "panic", "__warn", "report_bug", "handle_bug", "asm_exc_", "exc_", "kasan_", "rust_helper_BUG"]
-            .iter()
-            .any(|prefix| function.starts_with(prefix))
+        [
+            "dump_stack",
+            "show_stack",
+            "bad_page",
+            "panic",
+            "__warn",
+            "report_bug",
+            "handle_bug",
+            "asm_exc_",
+            "exc_",
+            "kasan_",
+            "rust_helper_BUG",
+        ]
+        .iter()
+        .any(|prefix| function.starts_with(prefix))
             || function.contains("panic_fmt")
             || function.contains("rust_begin_unwind")
     };

@@ -113,7 +113,12 @@ impl Judge {
     #[must_use]
     pub fn milestones(&self) -> [Option<Duration>; 4] {
         let state = &self.state;
-        [state.hello, state.bound, state.started.map(|at| at.host), state.done.as_ref().map(|done| done.at.host)]
+        [
+            state.hello,
+            state.bound,
+            state.started.map(|at| at.host),
+            state.done.as_ref().map(|done| done.at.host),
+        ]
     }
 
     /// Guest time that the scenario took, if it ended.
@@ -133,14 +138,18 @@ impl Judge {
             // A deterministic guest ends itself, at an instant of its own choosing: ending it earlier would cut its log
             // wherever the host happened to be. One whose CPUs sleep for ever will not.
             let stuck = stuck::examine(state, &self.limits, host).filter(stuck::Stuck::is_certain);
-            let endless = stuck.filter(|stuck| !stuck.is_livelock() && state.guest_stall() >= self.limits.detectors * 3);
+            let endless = stuck
+                .filter(|stuck| !stuck.is_livelock() && state.guest_stall() >= self.limits.detectors * 3);
             return endless.map(|stuck| self.finish(stuck.into_judgement()));
         }
         let settled = |since: Duration| host.saturating_sub(since) >= SETTLE;
         let crash = state.crash_seen.is_some_and(settled);
         let error = state.error.as_ref().is_some_and(|(at, _)| settled(*at));
         // The storm goes on after a corruption, or ends, as the scenario decides; it is not waited for long.
-        let corrupt = state.defects.first().is_some_and(|defect| host.saturating_sub(defect.seen) >= self.limits.no_progress);
+        let corrupt = state
+            .defects
+            .first()
+            .is_some_and(|defect| host.saturating_sub(defect.seen) >= self.limits.no_progress);
         if crash || error || corrupt || self.starved().is_some() {
             return Some(self.conclude(host));
         }
@@ -157,7 +166,8 @@ impl Judge {
     #[must_use]
     pub fn conclude(&self, host: Duration) -> Judgement {
         let judgement = if self.bench_failed_first() { self.bench_failed() } else { self.defective() };
-        let judgement = judgement.or_else(|| self.bench_failed()).or_else(|| self.starved()).or_else(|| self.passed());
+        let judgement =
+            judgement.or_else(|| self.bench_failed()).or_else(|| self.starved()).or_else(|| self.passed());
         self.finish(judgement.unwrap_or_else(|| self.unfinished(host)))
     }
 
@@ -173,7 +183,9 @@ impl Judge {
         match (state.hello, state.started, &state.done) {
             (None, ..) => over(Duration::ZERO, limits.hello),
             (Some(hello), None, _) => over(hello, limits.start),
-            (_, Some(started), None) => over(started.host, limits.run) || over(state.last_progress.host, limits.hard_stop),
+            (_, Some(started), None) => {
+                over(started.host, limits.run) || over(state.last_progress.host, limits.hard_stop)
+            }
             (_, _, Some(done)) => over(done.at.host, limits.hard_stop),
         }
     }
@@ -202,8 +214,12 @@ impl Judge {
             });
         }
         let defect = defect?;
-        let mut evidence: Vec<Evidence> =
-            state.defects.iter().take(16).map(|defect| Evidence::new(Source::Storm, Weight::For, &defect.says)).collect();
+        let mut evidence: Vec<Evidence> = state
+            .defects
+            .iter()
+            .take(16)
+            .map(|defect| Evidence::new(Source::Storm, Weight::For, &defect.says))
+            .collect();
         if state.defects.len() > evidence.len() {
             let more = format!("and {} more", state.defects.len() - evidence.len());
             evidence.push(Evidence::new(Source::Storm, Weight::For, more));
@@ -215,14 +231,21 @@ impl Judge {
             spinners: Vec::new(),
             evidence,
             recovered: None,
-            also: state.findings.iter().filter(|finding| finding.class() == super::console::Class::Crash).map(title).collect(),
+            also: state
+                .findings
+                .iter()
+                .filter(|finding| finding.class() == super::console::Class::Crash)
+                .map(title)
+                .collect(),
         })
     }
 
     /// Whether a process of the bench ended under the guest before the guest complained of anything: what it says
     /// afterwards, or just then, is no finding.
     fn bench_failed_first(&self) -> bool {
-        let Some((at, Ended::QemuFailed(_) | Ended::DeviceFailed(_) | Ended::BenchFailed(_))) = &self.state.ended else {
+        let Some((at, Ended::QemuFailed(_) | Ended::DeviceFailed(_) | Ended::BenchFailed(_))) =
+            &self.state.ended
+        else {
             return false;
         };
         let defect = self.state.defects.first().map(|defect| defect.seen);
@@ -238,16 +261,27 @@ impl Judge {
         if state.done.is_some() || state.guest_stall() >= limit {
             return None;
         }
-        let since = |moment: &state::Moment| Duration::from_nanos(state.now.guest.saturating_sub(moment.guest));
-        let (worker, longest) = state.worker_progress.iter().map(since).enumerate().rev().max_by_key(|&(_, time)| time)?;
+        let since =
+            |moment: &state::Moment| Duration::from_nanos(state.now.guest.saturating_sub(moment.guest));
+        let (worker, longest) =
+            state.worker_progress.iter().map(since).enumerate().rev().max_by_key(|&(_, time)| time)?;
         if longest < limit {
             return None;
         }
         let name = state.worker_names.get(worker).cloned().unwrap_or_default();
         let (operations, _) = state.counts();
-        let reason = format!("{name} completed nothing for {:.1} s of guest time while others went on", longest.as_secs_f64());
-        let total = format!("{operations} operations since {:.1} s", Duration::from_nanos(started.guest).as_secs_f64());
-        let evidence = vec![Evidence::new(Source::Storm, Weight::For, reason.clone()), Evidence::new(Source::Storm, Weight::For, total)];
+        let reason = format!(
+            "{name} completed nothing for {:.1} s of guest time while others went on",
+            longest.as_secs_f64()
+        );
+        let total = format!(
+            "{operations} operations since {:.1} s",
+            Duration::from_nanos(started.guest).as_secs_f64()
+        );
+        let evidence = vec![
+            Evidence::new(Source::Storm, Weight::For, reason.clone()),
+            Evidence::new(Source::Storm, Weight::For, total),
+        ];
         Some(judgement(Verdict::Starvation, reason, evidence))
     }
 
@@ -256,7 +290,9 @@ impl Judge {
         let state = &self.state;
         let (source, reason) = match (&state.ended, &state.error) {
             (Some((_, Ended::QemuFailed(how))), _) => (Source::Machine, format!("QEMU ended: {how}")),
-            (Some((_, Ended::DeviceFailed(how))), _) => (Source::Machine, format!("the device's process ended: {how}")),
+            (Some((_, Ended::DeviceFailed(how))), _) => {
+                (Source::Machine, format!("the device's process ended: {how}"))
+            }
             (Some((_, Ended::BenchFailed(how))), _) => (Source::Machine, how.clone()),
             (_, Some((_, message))) => (Source::Storm, format!("the storm could not do its work: {message}")),
             _ => return None,
@@ -272,7 +308,9 @@ impl Judge {
         let mut evidence = vec![Evidence::new(
             Source::Storm,
             Weight::For,
-            format!("done after {elapsed:.1?} of guest time: {operations} operations, {faults} device faults, every check held"),
+            format!(
+                "done after {elapsed:.1?} of guest time: {operations} operations, {faults} device faults, every check held"
+            ),
         )];
         evidence.push(Evidence::new(
             Source::Device,
@@ -292,8 +330,11 @@ impl Judge {
                 return Some(harness_error(reason.into(), evidence));
             }
         }
-        if operations == 0 {
-            return Some(harness_error("the scenario finished without a single operation, which proves nothing".into(), evidence));
+        if operations == 0 && !state.worker_names.is_empty() {
+            return Some(harness_error(
+                "the scenario finished without a single operation, which proves nothing".into(),
+                evidence,
+            ));
         }
         if let Some(least) = self.limits.least_rate {
             #[expect(clippy::cast_precision_loss, reason = "a rate for people")]
@@ -321,7 +362,11 @@ impl Judge {
                 (Some(_), None) => "before the GPUs were bound",
                 _ => "before the scenario began",
             };
-            let evidence = vec![Evidence::new(Source::Storm, Weight::Missing, format!("nothing from the storm; {how} {stage}"))];
+            let evidence = vec![Evidence::new(
+                Source::Storm,
+                Weight::Missing,
+                format!("nothing from the storm; {how} {stage}"),
+            )];
             return harness_error(format!("{how} {stage} ({:.0} s)", host.as_secs_f64()), evidence);
         };
         if let Some(stuck) = stuck::examine(state, &self.limits, host) {
@@ -329,7 +374,10 @@ impl Judge {
         }
         let ran = host.saturating_sub(started.host);
         let (operations, faults) = state.counts();
-        let so_far = format!("{operations} operations and {faults} device faults in {:.0} s, and still going", ran.as_secs_f64());
+        let so_far = format!(
+            "{operations} operations and {faults} device faults in {:.0} s, and still going",
+            ran.as_secs_f64()
+        );
         if state.ended.is_none() {
             let evidence = vec![Evidence::new(Source::Storm, Weight::For, so_far.clone())];
             return judgement(Verdict::Slow, format!("not done when time ran out: {so_far}"), evidence);
@@ -338,7 +386,10 @@ impl Judge {
             Evidence::new(Source::Storm, Weight::Missing, "the scenario's end"),
             Evidence::new(Source::Console, Weight::Missing, "any word of the kernel on why"),
         ];
-        harness_error(format!("{how} in the middle of the scenario and said nothing; {so_far} before"), evidence)
+        harness_error(
+            format!("{how} in the middle of the scenario and said nothing; {so_far} before"),
+            evidence,
+        )
     }
 }
 
@@ -347,7 +398,15 @@ fn title(finding: &Finding) -> String {
 }
 
 fn judgement(verdict: Verdict, reason: String, evidence: Vec<Evidence>) -> Judgement {
-    Judgement { verdict, reason, frames: Vec::new(), spinners: Vec::new(), evidence, recovered: None, also: Vec::new() }
+    Judgement {
+        verdict,
+        reason,
+        frames: Vec::new(),
+        spinners: Vec::new(),
+        evidence,
+        recovered: None,
+        also: Vec::new(),
+    }
 }
 
 fn harness_error(reason: String, evidence: Vec<Evidence>) -> Judgement {

@@ -126,7 +126,12 @@ impl State {
                 name: "page-contents".to_owned(),
             }),
             Event::Invariant { name, detail } => {
-                self.defects.push(Defect { guest: record.t, seen: self.now.host, says: format!("{name}: {detail}"), name });
+                self.defects.push(Defect {
+                    guest: record.t,
+                    seen: self.now.host,
+                    says: format!("{name}: {detail}"),
+                    name,
+                });
             }
             Event::Done { progress, elapsed_ns, .. } => {
                 self.storm_progress(progress, no_progress);

@@ -31,7 +31,10 @@ impl Stuck {
     }
 
     fn missing(&self) -> Option<&str> {
-        let gap = self.evidence.iter().find(|evidence| matches!(evidence.weight, Weight::Missing | Weight::Against));
+        let gap = self
+            .evidence
+            .iter()
+            .find(|evidence| matches!(evidence.weight, Weight::Missing | Weight::Against));
         gap.map(|evidence| evidence.says.as_str())
     }
 
@@ -41,7 +44,11 @@ impl Stuck {
             None => (self.looks_like, self.reason.clone()),
             Some(missing) => (
                 Verdict::HarnessError,
-                format!("inconclusive: {}; it looks like {}, but {missing}", self.reason, article(self.looks_like)),
+                format!(
+                    "inconclusive: {}; it looks like {}, but {missing}",
+                    self.reason,
+                    article(self.looks_like)
+                ),
             ),
         };
         let certain = verdict == self.looks_like;
@@ -85,9 +92,18 @@ pub(super) fn examine(state: &State, limits: &Limits, host: Duration) -> Option<
         since_guest >= limits.no_progress || (!limits.guest_time_only && since_host >= limits.no_progress)
     });
     if queued.is_some() {
-        evidence.push(Evidence::new(Source::Device, Weight::For, format!("{} descriptors queued, none completed", state.queued())));
+        evidence.push(Evidence::new(
+            Source::Device,
+            Weight::For,
+            format!("{} descriptors queued, none completed", state.queued()),
+        ));
         evidence.extend(state.summaries.iter().map(|cpu| samples(cpu, Weight::Note)));
-        evidence.extend(state.since_stall().filter(|finding| finding.class() == Class::Detector).map(|finding| complaint(finding, Weight::Note)));
+        evidence.extend(
+            state
+                .since_stall()
+                .filter(|finding| finding.class() == Class::Detector)
+                .map(|finding| complaint(finding, Weight::Note)),
+        );
         return Some(Stuck {
             looks_like: Verdict::DeviceStall,
             reason: format!("{for_long} while the GPU holds {} queued descriptors", state.queued()),
@@ -96,7 +112,11 @@ pub(super) fn examine(state: &State, limits: &Limits, host: Duration) -> Option<
             evidence,
         });
     }
-    evidence.push(Evidence::new(Source::Device, Weight::For, format!("{} descriptors completed, none queued: the GPU waits for the guest", state.completions())));
+    evidence.push(Evidence::new(
+        Source::Device,
+        Weight::For,
+        format!("{} descriptors completed, none queued: the GPU waits for the guest", state.completions()),
+    ));
     if !spinning.is_empty() {
         return Some(livelock(state, &spinning, &for_long, evidence));
     }
@@ -105,7 +125,12 @@ pub(super) fn examine(state: &State, limits: &Limits, host: Duration) -> Option<
     }
     evidence.extend(state.summaries.iter().map(|cpu| samples(cpu, Weight::Note)));
     evidence.push(Evidence::new(Source::Samples, Weight::Missing, unclear(state)));
-    evidence.extend(state.since_stall().filter(|finding| finding.class() == Class::Detector).map(|finding| complaint(finding, Weight::Note)));
+    evidence.extend(
+        state
+            .since_stall()
+            .filter(|finding| finding.class() == Class::Detector)
+            .map(|finding| complaint(finding, Weight::Note)),
+    );
     let looks_like = if state.since_stall().any(|finding| matches!(finding.kind, Kind::HungTask { .. })) {
         Verdict::Deadlock
     } else {
@@ -129,7 +154,13 @@ fn livelock(state: &State, spinning: &[&CpuSummary], for_long: &str, mut evidenc
         evidence.push(Evidence::new(Source::Samples, Weight::Against, says));
     }
     let spinners: Vec<u32> = advancing.iter().map(|cpu| cpu.cpu).collect();
-    evidence.extend(state.summaries.iter().filter(|cpu| !spinners.contains(&cpu.cpu)).map(|cpu| samples(cpu, Weight::Note)));
+    evidence.extend(
+        state
+            .summaries
+            .iter()
+            .filter(|cpu| !spinners.contains(&cpu.cpu))
+            .map(|cpu| samples(cpu, Weight::Note)),
+    );
     let mut agrees = false;
     for finding in state.since_stall().filter(|finding| finding.class() == Class::Detector) {
         let weight = if confirms(finding, &advancing) { Weight::For } else { Weight::Note };
@@ -145,7 +176,11 @@ fn livelock(state: &State, spinning: &[&CpuSummary], for_long: &str, mut evidenc
     let cpus: Vec<String> = spinners.iter().map(u32::to_string).collect();
     Stuck {
         looks_like: Verdict::Livelock,
-        reason: format!("{for_long} while CPU {} spin{} in {loops}", cpus.join(", "), if cpus.len() == 1 { "s" } else { "" }),
+        reason: format!(
+            "{for_long} while CPU {} spin{} in {loops}",
+            cpus.join(", "),
+            if cpus.len() == 1 { "s" } else { "" }
+        ),
         frames,
         spinners,
         evidence,
@@ -157,7 +192,8 @@ fn confirms(finding: &Finding, spinning: &[&CpuSummary]) -> bool {
     match &finding.kind {
         Kind::SoftLockup { .. } | Kind::HardLockup => spinning.iter().any(|cpu| {
             let mut trunk = cpu.trunk.iter().filter(|function| !is_entry(function));
-            finding.cpu == Some(cpu.cpu) && (finding.stack.is_empty() || trunk.any(|function| contains(&finding.stack, function)))
+            finding.cpu == Some(cpu.cpu)
+                && (finding.stack.is_empty() || trunk.any(|function| contains(&finding.stack, function)))
         }),
         Kind::WorkqueueLockup { pools, .. } => {
             pools.iter().any(|pool| spinning.iter().any(|cpu| pool.cpus.contains(&cpu.cpu)))
@@ -171,7 +207,11 @@ fn deadlock(state: &State, for_long: &str, mut evidence: Vec<Evidence>) -> Stuck
     let sleepers: Vec<&Finding> = state.since_stall().filter(|finding| sleeps(finding)).collect();
     evidence.extend(sleepers.iter().map(|finding| complaint(finding, Weight::For)));
     if sleepers.is_empty() {
-        evidence.push(Evidence::new(Source::Console, Weight::Missing, "the kernel reports no task in uninterruptible sleep"));
+        evidence.push(Evidence::new(
+            Source::Console,
+            Weight::Missing,
+            "the kernel reports no task in uninterruptible sleep",
+        ));
     }
     let frames = waiters(state);
     let who = match frames.first() {
@@ -193,7 +233,11 @@ fn sleeps(finding: &Finding) -> bool {
 
 /// The frames of the first task that sleeps.
 fn waiters(state: &State) -> Vec<String> {
-    state.since_stall().find(|finding| sleeps(finding)).map(|finding| stable(&finding.stack, 3)).unwrap_or_default()
+    state
+        .since_stall()
+        .find(|finding| sleeps(finding))
+        .map(|finding| stable(&finding.stack, 3))
+        .unwrap_or_default()
 }
 
 /// The frames that name the loop: from the known loop on, or what all spinning CPUs have in common.
@@ -228,13 +272,20 @@ fn outstanding(state: &State, limits: &Limits) -> Evidence {
     let workers = state.worker_names.len();
     match &state.progress {
         Some(progress) if progress.outstanding > 0 => {
-            let says = format!("{} of {workers} workers are inside an operation, round {}", progress.outstanding, progress.round);
+            let says = format!(
+                "{} of {workers} workers are inside an operation, round {}",
+                progress.outstanding, progress.round
+            );
             Evidence::new(Source::Storm, Weight::For, says)
         }
         Some(_) if state.silence() < limits.no_progress => {
             Evidence::new(Source::Storm, Weight::Against, "no worker is inside an operation")
         }
-        _ => Evidence::new(Source::Storm, Weight::For, format!("the scenario has {workers} workers and has not ended")),
+        _ => Evidence::new(
+            Source::Storm,
+            Weight::For,
+            format!("the scenario has {workers} workers and has not ended"),
+        ),
     }
 }
 
@@ -268,7 +319,10 @@ fn samples(cpu: &CpuSummary, weight: Weight) -> Evidence {
             cpu.distinct_ips
         )
     } else {
-        format!("CPU {}: {} samples, {} halted, {} in the kernel, {} in user mode", cpu.cpu, cpu.samples, cpu.halted, cpu.kernel, cpu.user)
+        format!(
+            "CPU {}: {} samples, {} halted, {} in the kernel, {} in user mode",
+            cpu.cpu, cpu.samples, cpu.halted, cpu.kernel, cpu.user
+        )
     };
     Evidence::new(Source::Samples, weight, says)
 }
@@ -289,7 +343,9 @@ pub(super) fn detectors_have_spoken(state: &State, limits: &Limits) -> bool {
     let hung = state.since_stall().filter(|finding| sleeps(finding)).any(|finding| whole(&finding));
     // With sysctl kernel.softlockup_all_cpu_backtrace the first report shows the other CPUs too.
     let shown = |cpu: &CpuSummary| {
-        let of_cpu = |finding: &Finding| matches!(finding.kind, Kind::SoftLockup { .. } | Kind::CpuDump) && finding.cpu == Some(cpu.cpu);
+        let of_cpu = |finding: &Finding| {
+            matches!(finding.kind, Kind::SoftLockup { .. } | Kind::CpuDump) && finding.cpu == Some(cpu.cpu)
+        };
         state.since_stall().filter(whole).any(of_cpu)
     };
     let soft = state.summaries.iter().filter(|cpu| cpu.spins).all(shown);

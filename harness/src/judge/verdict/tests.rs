@@ -30,13 +30,23 @@ impl Run {
             judge: Judge::new(limits),
             now: 0.0,
             stats: GpuStats::default(),
-            progress: Progress { outstanding: 4, workers: vec![0; 4], pids: vec![1, 53, 54, 55], ..Progress::default() },
+            progress: Progress {
+                outstanding: 4,
+                workers: vec![0; 4],
+                pids: vec![1, 53, 54, 55],
+                ..Progress::default()
+            },
             console: Scanner::new(),
         };
         run.at(1.0).storm(Event::Hello { version: "1".into(), kernel: "6.19.6".into(), cpus: 4 });
         run.at(1.5).storm(Event::Bound { gpus: 2, modules: BTreeMap::new() });
         let workers = ["migrator", "faulter-0", "faulter-1", "faulter-2"].map(str::to_owned).to_vec();
-        run.at(2.0).storm(Event::Start { scenario: "drain-livelock".into(), seed: 1, parameters: BTreeMap::new(), workers });
+        run.at(2.0).storm(Event::Start {
+            scenario: "drain-livelock".into(),
+            seed: 1,
+            parameters: BTreeMap::new(),
+            workers,
+        });
         run
     }
 
@@ -89,7 +99,9 @@ impl Run {
     fn soft_lockup(&mut self, cpu: u32, pid: u32, comm: &str, function: &str) -> &mut Self {
         let lines = [
             format!("watchdog: BUG: soft lockup - CPU#{cpu} stuck for 13s! [{comm}:{pid}]"),
-            format!("CPU: {cpu} UID: 0 PID: {pid} Comm: {comm} Tainted: G           O        6.19.6 #1 PREEMPT(none) "),
+            format!(
+                "CPU: {cpu} UID: 0 PID: {pid} Comm: {comm} Tainted: G           O        6.19.6 #1 PREEMPT(none) "
+            ),
             "RIP: 0010:do_swap_page+0x1/0x2".to_owned(),
             "Call Trace:".to_owned(),
             " <TASK>".to_owned(),
@@ -113,7 +125,9 @@ impl Run {
     }
 
     fn workqueue_lockup(&mut self, cpu: u32) -> &mut Self {
-        self.console(&[&format!("BUG: workqueue lockup - pool cpus={cpu} node=0 flags=0x0 nice=0 stuck for 7s!")])
+        self.console(&[&format!(
+            "BUG: workqueue lockup - pool cpus={cpu} node=0 flags=0x0 nice=0 stuck for 7s!"
+        )])
     }
 
     fn samples(&mut self, cpus: &[CpuSummary]) -> &mut Self {
@@ -165,7 +179,15 @@ fn spinning(cpu: u32) -> CpuSummary {
 }
 
 fn idle(cpu: u32) -> CpuSummary {
-    CpuSummary { cpu, samples: 50, halted: 50, distinct_ips: 1, windows: 0, idle: true, ..CpuSummary::default() }
+    CpuSummary {
+        cpu,
+        samples: 50,
+        halted: 50,
+        distinct_ips: 1,
+        windows: 0,
+        idle: true,
+        ..CpuSummary::default()
+    }
 }
 
 fn busy(cpu: u32) -> CpuSummary {
@@ -196,6 +218,15 @@ fn nothing_done_is_no_pass() {
 }
 
 #[test]
+fn a_scenario_without_workers_passes_by_ending() {
+    let mut run = Run::new(limits());
+    let start =
+        Event::Start { scenario: "boot".into(), seed: 1, parameters: BTreeMap::new(), workers: Vec::new() };
+    run.at(2.0).storm(start).done().ended(Ended::PoweredOff);
+    assert_eq!(run.verdict(), Some(Verdict::Pass));
+}
+
+#[test]
 fn livelock_needs_all_of_it() {
     let mut run = Run::new(limits());
     run.stall().samples(&livelocked_cpus());
@@ -210,10 +241,23 @@ fn livelock_needs_all_of_it() {
     assert_eq!(judgement.verdict, Verdict::Livelock, "{judgement:#?}");
     assert_eq!(judgement.spinners, [1, 2, 3]);
     assert_eq!(judgement.frames, ["hmm_range_fault", "hsgpu_access"]);
-    assert!(judgement.evidence.iter().all(|evidence| !matches!(evidence.weight, Weight::Missing | Weight::Against)));
-    let sources: std::collections::BTreeSet<Source> =
-        judgement.evidence.iter().filter(|evidence| evidence.weight == Weight::For).map(|evidence| evidence.source).collect();
-    assert!([Source::Device, Source::Storm, Source::Samples, Source::Console].iter().all(|source| sources.contains(source)));
+    assert!(
+        judgement
+            .evidence
+            .iter()
+            .all(|evidence| !matches!(evidence.weight, Weight::Missing | Weight::Against))
+    );
+    let sources: std::collections::BTreeSet<Source> = judgement
+        .evidence
+        .iter()
+        .filter(|evidence| evidence.weight == Weight::For)
+        .map(|evidence| evidence.source)
+        .collect();
+    assert!(
+        [Source::Device, Source::Storm, Source::Samples, Source::Console]
+            .iter()
+            .all(|source| sources.contains(source))
+    );
 }
 
 #[test]
@@ -241,7 +285,12 @@ fn each_missing_part_denies_a_livelock() {
             run.samples(&[idle(0), spinning(1), idle(2), idle(3)]).soft_lockup(1, 9, "x", "vmstat_update");
         }),
         ("CPUs in many places", |run| {
-            run.samples(&[busy(0), busy(1), busy(2), busy(3)]).soft_lockup(1, 54, "faulter", "hmm_range_fault");
+            run.samples(&[busy(0), busy(1), busy(2), busy(3)]).soft_lockup(
+                1,
+                54,
+                "faulter",
+                "hmm_range_fault",
+            );
         }),
         ("no samples", |run| {
             run.samples(&[]).soft_lockup(1, 54, "faulter", "hmm_range_fault");
@@ -265,7 +314,12 @@ fn each_missing_part_denies_a_livelock() {
 fn a_frozen_emulator_is_no_livelock() {
     let mut run = Run::new(limits());
     let frozen = |cpu| CpuSummary { distinct_ips: 1, ..spinning(cpu) };
-    run.stall().samples(&[idle(0), frozen(1), frozen(2), frozen(3)]).soft_lockup(1, 54, "faulter", "hmm_range_fault");
+    run.stall().samples(&[idle(0), frozen(1), frozen(2), frozen(3)]).soft_lockup(
+        1,
+        54,
+        "faulter",
+        "hmm_range_fault",
+    );
     run.at(53.5).beat();
     let judgement = run.decide().expect("the hard stop");
     assert_eq!(judgement.verdict, Verdict::HarnessError);
@@ -290,7 +344,12 @@ fn completions_of_the_device_alone_are_progress() {
     let mut run = Run::new(limits());
     run.at(3.0).work(1);
     for n in 4..30 {
-        run.at(f64::from(n)).beat().device(1, 0).samples(&livelocked_cpus()).soft_lockup(1, 54, "faulter", "hmm_range_fault");
+        run.at(f64::from(n)).beat().device(1, 0).samples(&livelocked_cpus()).soft_lockup(
+            1,
+            54,
+            "faulter",
+            "hmm_range_fault",
+        );
         assert_eq!(run.decide(), None);
     }
 }
@@ -301,7 +360,10 @@ fn a_guest_whose_clock_stands_is_not_judged_by_the_hosts() {
     let mut run = Run::new(limits());
     run.at(3.0).work(1).device(1, 0);
     run.now = 23.0;
-    run.observe(Observation::Storm(Record { t: 3 * S + S / 2, event: Event::Progress(run.progress.clone()) }));
+    run.observe(Observation::Storm(Record {
+        t: 3 * S + S / 2,
+        event: Event::Progress(run.progress.clone()),
+    }));
     run.samples(&livelocked_cpus()).device(0, 0);
     assert_eq!(run.decide(), None);
 }
@@ -361,7 +423,13 @@ fn a_queue_that_moves_is_no_stall() {
 fn crash_before_and_during_a_livelock() {
     let mut run = Run::new(limits());
     run.stall().samples(&livelocked_cpus()).workqueue_lockup(1).hung_task();
-    run.at(12.0).console(&["Oops: general protection fault: 0000 [#1] SMP", "RIP: 0010:do_swap_page+0x1/0x2", "Call Trace:", " <TASK>", " </TASK>"]);
+    run.at(12.0).console(&[
+        "Oops: general protection fault: 0000 [#1] SMP",
+        "RIP: 0010:do_swap_page+0x1/0x2",
+        "Call Trace:",
+        " <TASK>",
+        " </TASK>",
+    ]);
     assert_eq!(run.decide(), None, "the report may still be coming");
     run.at(14.5);
     let judgement = run.decide().expect("a judgement");
@@ -373,7 +441,9 @@ fn crash_before_and_during_a_livelock() {
 fn the_panic_of_a_watchdog_is_the_livelock_it_reports() {
     let mut run = Run::new(Limits { guest_time_only: true, ..limits() });
     run.stall().samples(&livelocked_cpus());
-    run.at(14.0).soft_lockup(2, 54, "faulter", "hmm_range_fault").console(&["Kernel panic - not syncing: softlockup: hung tasks"]);
+    run.at(14.0)
+        .soft_lockup(2, 54, "faulter", "hmm_range_fault")
+        .console(&["Kernel panic - not syncing: softlockup: hung tasks"]);
     assert_eq!(run.decide(), None, "a deterministic guest ends itself");
     run.ended(Ended::Reset);
     assert_eq!(run.verdict(), Some(Verdict::Livelock));
@@ -399,13 +469,20 @@ fn a_deterministic_guest_is_not_cut_short_unless_it_sleeps_for_ever() {
 #[test]
 fn other_panics_are_crashes() {
     let mut run = Run::new(limits());
-    run.at(3.0).console(&["Kernel panic - not syncing: Attempted to kill init! exitcode=0x0000000b"]).ended(Ended::Reset);
+    run.at(3.0)
+        .console(&["Kernel panic - not syncing: Attempted to kill init! exitcode=0x0000000b"])
+        .ended(Ended::Reset);
     assert_eq!(run.verdict(), Some(Verdict::Crash));
 }
 
 #[test]
 fn corruption_is_named_before_what_it_leads_to() {
-    let event = || Event::Corruption { worker: "faulter-1".into(), page: 3, expected: "stamp 3.1".into(), found: "zeroes".into() };
+    let event = || Event::Corruption {
+        worker: "faulter-1".into(),
+        page: 3,
+        expected: "stamp 3.1".into(),
+        found: "zeroes".into(),
+    };
     let mut run = Run::new(limits());
     run.at(3.0).storm(event());
     run.at(4.0).console(&["BUG: Bad page state in process storm  pfn:0fcf1"]).ended(Ended::PoweredOff);
@@ -423,7 +500,8 @@ fn corruption_is_named_before_what_it_leads_to() {
 fn a_failed_invariant_is_corruption_though_the_scenario_was_done() {
     let mut run = Run::new(limits());
     run.at(3.0).work(5).done();
-    run.storm(Event::Invariant { name: "vram-free".into(), detail: "expected 10, found 9".into() }).ended(Ended::PoweredOff);
+    run.storm(Event::Invariant { name: "vram-free".into(), detail: "expected 10, found 9".into() })
+        .ended(Ended::PoweredOff);
     assert_eq!(run.verdict(), Some(Verdict::Corruption));
 }
 

@@ -11,7 +11,9 @@ use crate::judge::console::Finding;
 use crate::judge::sampler::CpuSummary;
 
 /// A verdict on a run. `docs/verdicts.md` says how each is reached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, clap::ValueEnum,
+)]
 #[serde(rename_all = "kebab-case")]
 pub enum Verdict {
     /// The workload finished and every oracle holds.
