@@ -200,11 +200,10 @@ impl State {
         // "BUG: unable to handle ..." and "kernel BUG at ..." are followed by "Oops: ..."; a Rust panic by the BUG() of
         // its panic handler. All of it before the stack.
         !open.in_stack
-            && match (&finding.kind, &header.kind) {
-                (Kind::Oops | Kind::KernelBug | Kind::RustPanic, Kind::Oops) => true,
-                (Kind::RustPanic, Kind::KernelBug) => true,
-                _ => false,
-            }
+            && matches!(
+                (&finding.kind, &header.kind),
+                (Kind::Oops | Kind::KernelBug | Kind::RustPanic, Kind::Oops) | (Kind::RustPanic, Kind::KernelBug)
+            )
     }
 
     fn begin(&mut self, line: &Line<'_>, header: Header) {

@@ -122,7 +122,7 @@ fn chain(memory: &mut Memory<'_>, mut rbp: u64, is_root: &impl Fn(u64) -> Option
         }
         // Frames lie upwards on one stack; from one stack to another they may lie anywhere.
         let same_stack = previous / STACK == rbp / STACK;
-        if rbp < KERNEL || rbp % 8 != 0 || (same_stack && rbp <= previous) {
+        if rbp < KERNEL || !rbp.is_multiple_of(8) || (same_stack && rbp <= previous) {
             break;
         }
         let (Some(next), Some(address)) = (memory.word(rbp, 0), memory.word(rbp, 8)) else { break };
