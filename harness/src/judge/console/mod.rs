@@ -202,7 +202,8 @@ impl State {
         !open.in_stack
             && matches!(
                 (&finding.kind, &header.kind),
-                (Kind::Oops | Kind::KernelBug | Kind::RustPanic, Kind::Oops) | (Kind::RustPanic, Kind::KernelBug)
+                (Kind::Oops | Kind::KernelBug | Kind::RustPanic, Kind::Oops)
+                    | (Kind::RustPanic, Kind::KernelBug)
             )
     }
 
