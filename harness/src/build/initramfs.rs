@@ -25,6 +25,7 @@ pub(super) struct Content {
 enum Kind {
     Directory,
     Node { major: u32, minor: u32 },
+    Link(String),
     File(PathBuf),
 }
 
@@ -47,6 +48,7 @@ pub(super) fn write(manifest: &Initramfs, contents: &[Content], dest: &Path) -> 
                 builder.set_mode_file_type(ModeFileType::Char).rdev_major(major).rdev_minor(minor),
                 Vec::new(),
             ),
+            Kind::Link(target) => (builder.set_mode_file_type(ModeFileType::Symlink), target.into_bytes()),
             Kind::File(source) => {
                 (builder.set_mode_file_type(ModeFileType::Regular), fs::read(&source).on("read", &source)?)
             }
@@ -75,6 +77,11 @@ fn entries(manifest: &Initramfs, contents: &[Content]) -> Vec<Entry> {
         mode: node.mode,
         kind: Kind::Node { major: node.major, minor: node.minor },
     });
+    let links = manifest.link.iter().map(|link| Entry {
+        path: link.path.clone(),
+        mode: 0o777,
+        kind: Kind::Link(link.target.clone()),
+    });
     let files = manifest.file.iter().flat_map(|member| {
         contents.iter().filter(|c| c.part == member.from).map(|content| Entry {
             path: match member.from {
@@ -85,7 +92,7 @@ fn entries(manifest: &Initramfs, contents: &[Content]) -> Vec<Entry> {
             kind: Kind::File(content.file.clone()),
         })
     });
-    let mut entries: Vec<_> = directories.chain(nodes).chain(files).collect();
+    let mut entries: Vec<_> = directories.chain(nodes).chain(links).chain(files).collect();
     entries.sort_by(|a, b| a.path.cmp(&b.path));
     entries
 }
@@ -99,6 +106,7 @@ mod tests {
 
     const MANIFEST: &str = "directories = ['lib', 'lib/modules', 'dev']\n\
         [[node]]\npath = 'dev/console'\nmode = 0o600\nmajor = 5\nminor = 1\n\
+        [[link]]\npath = 'lib/init'\ntarget = '/init'\n\
         [[file]]\npath = 'init'\nfrom = 'storm'\nmode = 0o755\n\
         [[file]]\npath = 'lib/modules'\nfrom = 'modules'\nmode = 0o644\n";
 
@@ -154,6 +162,7 @@ mod tests {
                 "dev/console 20600 5,1 ",
                 "init 100755 0,0 program",
                 "lib 40755 0,0 ",
+                "lib/init 120777 0,0 /init",
                 "lib/modules 40755 0,0 ",
                 "lib/modules/a.ko 100644 0,0 module a",
                 "lib/modules/b.ko 100644 0,0 module b",

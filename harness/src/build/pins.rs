@@ -267,8 +267,20 @@ pub struct Initramfs {
     pub directories: Vec<String>,
     /// Device nodes.
     pub node: Vec<Node>,
+    /// Symbolic links.
+    pub link: Vec<Link>,
     /// Files.
     pub file: Vec<Member>,
+}
+
+/// A symbolic link.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Link {
+    /// Path without a leading slash.
+    pub path: String,
+    /// What it points to, as the guest sees it.
+    pub target: String,
 }
 
 /// A character device.

@@ -201,7 +201,7 @@ impl Builder {
             libclang: tools.libclang.clone(),
         };
         // The folders of kernel and modules have keys as their names, so their paths stand for their content.
-        let mut key = Key::new("image-2")
+        let mut key = Key::new("image-3")
             .with("kernel", kernel.dir.as_os_str().as_encoded_bytes())
             .with("manifest", format!("{:?}", self.pins.initramfs))
             .with("storm", &provenance.storm_sha256)
@@ -214,8 +214,11 @@ impl Builder {
         let dest = self.cache.path("images").join(name);
         self.cache.publish(&dest, |dir| {
             let scratch = self.cache.scratch()?;
+            // With its debug information, PID 1 would take longer to unpack than the kernel to boot.
+            let program = scratch.path().join("storm");
+            strip("--strip-debug", storm, &program)?;
             let mut contents = vec![
-                Content { part: Part::Storm, name: "storm".into(), file: storm.to_owned() },
+                Content { part: Part::Storm, name: "storm".into(), file: program },
                 Content { part: Part::Busybox, name: "busybox".into(), file: busybox.to_owned() },
             ];
             let folder = dir.join("modules");
