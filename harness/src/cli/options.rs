@@ -61,7 +61,7 @@ pub struct MachineArgs {
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub append: Vec<String>,
     /// Fault plan of the device, as KEY=VALUE[,KEY=VALUE]
-    #[arg(long, value_name = "PLAN")]
+    #[arg(long, value_name = "PLAN", value_parser = chaos)]
     pub chaos: Option<String>,
     /// QEMU of your own: 10.1 or later, with vfio-user-pci
     #[arg(long, value_name = "PROGRAM")]
@@ -75,6 +75,20 @@ pub struct MachineArgs {
     /// Print the device's and QEMU's command lines and run nothing
     #[arg(long)]
     pub dry_run: bool,
+}
+
+/// Checks the keys of a fault plan before anything is built; the device checks the values.
+fn chaos(plan: &str) -> Result<String, String> {
+    let known =
+        serde_json::to_value(hmmstorm_abi::wire::control::Chaos::default()).map_err(|e| e.to_string())?;
+    let known: Vec<_> = known.as_object().into_iter().flat_map(|keys| keys.keys()).collect();
+    for pair in plan.split(',') {
+        let (key, _) = pair.split_once('=').ok_or_else(|| format!("'{pair}' is not KEY=VALUE"))?;
+        if !known.iter().any(|name| *name == key) {
+            return Err(format!("no fault is called '{key}'; there are: {known:?}"));
+        }
+    }
+    Ok(plan.to_owned())
 }
 
 /// What runs the guest's code.

@@ -81,6 +81,8 @@ pub struct Limits {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Deterministic {
+    /// CPUs, and the most that `--cpus` may ask for: with more, QEMU's order of CPUs differs from run to run.
+    pub cpus: u32,
     /// An instruction takes 2^shift nanoseconds of guest time.
     pub shift: u32,
     /// QEMU's own seed.
