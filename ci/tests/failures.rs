@@ -23,11 +23,14 @@ impl Harness {
             .stderr(Stdio::piped())
             .spawn()
             .expect("hmmstorm starts");
-        let harness = Self(Some(child));
+        let mut harness = Self(Some(child));
         let deadline = Instant::now() + Duration::from_secs(120);
         while !find(folder, "events.jsonl").is_some_and(|file| {
             std::fs::read_to_string(file).unwrap_or_default().contains(r#""event":"progress""#)
         }) {
+            if harness.0.as_mut().is_some_and(|child| child.try_wait().expect("our own child").is_some()) {
+                panic!("it ended before the storm began:\n{}", text(&harness.finish()));
+            }
             assert!(Instant::now() < deadline, "no progress within 120 s; see {}", folder.display());
             std::thread::sleep(Duration::from_millis(100));
         }
