@@ -7,7 +7,7 @@ fn gdb(name: &str, arguments: &[&str]) -> std::process::Output {
     hmmstorm()
         .args(["gdb", "--batch"])
         .args(arguments)
-        .arg("--out")
+        .arg("--folder")
         .arg(&folder)
         .output()
         .expect("hmmstorm runs")
@@ -27,4 +27,5 @@ fn stops_in_the_drivers_migrate_to_ram() {
 fn breakpoint_that_is_not_reached_is_a_failure() {
     let output = gdb("gdb-not-reached", &["--break", "kernel_kexec_that_is_not_there"]);
     assert_ne!(code(&output), 0, "{}", text(&output));
+    assert!(text(&output).contains("kernel_kexec_that_is_not_there"), "{}", text(&output));
 }

@@ -13,4 +13,5 @@ fn kunit_suites_pass() {
 fn kunit_suites_that_did_not_run_are_an_error() {
     let storm = Storm::run("kunit-off", ["kunit"]);
     assert_eq!(storm.code, 3, "{}", storm.output);
+    assert!(storm.output.contains("kunit.enable=1"), "{}", storm.output);
 }
