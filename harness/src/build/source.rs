@@ -217,7 +217,7 @@ impl Mirror {
         progress: &Progress,
     ) -> Result<u64, BuildError> {
         let now = list(tree)?;
-        let gone: Vec<_> = self.files.keys().filter(|f| !now.contains(f)).cloned().collect();
+        let gone: Vec<_> = self.files.keys().filter(|f| now.binary_search(f).is_err()).cloned().collect();
         let mut changed = 0;
         let step = progress.step(format!("taking over {}", tree.display()), Unit::Steps);
         for file in gone {

@@ -25,6 +25,8 @@ use symbols::Function;
 const SCRIPT: &str = include_str!("script.py");
 /// More functions than this for one `--break` is a name that says nothing.
 const MOST_BREAKS: usize = 16;
+/// What the guest does in batch mode unless told otherwise: it goes down every road of the driver once.
+const BATCH_SCENARIO: &str = "smoke";
 /// Time for gdb to end after the guest has.
 const END: Duration = Duration::from_secs(10);
 
@@ -40,7 +42,7 @@ pub struct Args {
     /// With --batch: give up after so many seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 300, requires = "batch")]
     limit: u32,
-    /// Run this scenario in place of a shell (`hmmstorm list scenarios`)
+    /// Run this scenario in place of a shell (`hmmstorm list scenarios`) [default with --batch: smoke]
     #[arg(long, value_name = "NAME")]
     scenario: Option<String>,
     /// Seed of the scenario
@@ -84,6 +86,10 @@ struct BatchResult {
 
 /// Runs the command.
 pub fn run(mut args: Args, ctx: &Context) -> Result<Outcome, Error> {
+    if args.batch && args.scenario.is_none() {
+        // A shell that nobody types into reaches nothing.
+        args.scenario = Some(BATCH_SCENARIO.into());
+    }
     if args.machine.accel == Accel::Auto {
         // Any number of breakpoints, at any time; under KVM there are four before the kernel is in memory.
         args.machine.accel = Accel::Tcg;
