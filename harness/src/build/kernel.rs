@@ -260,7 +260,9 @@ impl<'a> LiveTree<'a> {
         if self.objects()? == wanted {
             return Ok(());
         }
-        self.bring_source()?;
+        if let Source::Pinned(_) = self.recipe.source {
+            self.bring_source()?;
+        }
         let stamp = self.dir.join("built.json");
         super::overlay::replace(None, &stamp)?;
         self.survive_power_cut()?;
