@@ -42,7 +42,7 @@ build: hmmstorm ## kernel, module, device and guest image
 boot-time: hmmstorm ## boot with and without the GPUs, alternating, with the ratio
 	ci/boot-time $(ARGS)
 
-full-counts: hmmstorm ## the full counts behind docs/first-light.md (about an hour)
+full-counts: hmmstorm ## bug, cure and controls over 20 seeds, as a table
 	ci/full-counts $(ARGS)
 
 hmmstorm: ## the command itself
