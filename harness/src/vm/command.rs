@@ -184,6 +184,9 @@ pub fn qemu(
     if spec.gdb {
         line.pair("-chardev", join(&["socket,id=gdb,server=on,wait=off,path="], &[&sockets.gdb()]));
         line.pair("-gdb", "chardev:gdb");
+    }
+    // A deterministic machine starts when its surroundings stand still.
+    if spec.gdb || spec.deterministic() {
         line.arg("-S");
     }
     for index in 0..spec.profile.gpus {

@@ -7,7 +7,7 @@ use std::process::ExitStatus;
 use std::time::Duration;
 
 use super::children::SpawnError;
-use super::{RunFolder, device, qmp};
+use super::{RunFolder, device, freeze, qmp};
 
 /// How a machine ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,6 +49,12 @@ pub enum Error {
         /// QEMU's stderr.
         log: PathBuf,
     },
+    /// A deterministic machine would not be one.
+    #[error(
+        "{0}; without that, equal runs need not give equal bytes: allow ptrace (containers: the capability SYS_PTRACE), \
+         or leave out --deterministic"
+    )]
+    Freeze(#[from] freeze::Error),
     /// The machine ended when it should not.
     #[error("{} while waiting for {waited_for}; the log is {}{}", describe(end), log.display(), last_words(log))]
     Ended {

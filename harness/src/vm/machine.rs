@@ -20,6 +20,7 @@ use super::command::{self, BootFiles, QemuProgram, Sockets};
 use super::device::Device;
 use super::error::{End, Error, ended, io_error};
 use super::events::{Tail, Watch};
+use super::freeze::Frozen;
 use super::qmp::Qmp;
 use super::sockets::SocketDir;
 use super::{Console, RunFolder, Spec, poll};
@@ -83,6 +84,8 @@ pub struct Machine {
     // Fields drop in this order: QEMU ends before the device, whose sudden absence can abort it.
     qmp: Qmp,
     qemu: Child,
+    /// Only of a deterministic machine.
+    _frozen: Option<Frozen>,
     device: Option<Device>,
     console_socket: Option<UnixStream>,
     sockets: SocketDir,
@@ -138,7 +141,7 @@ impl Machine {
             .map(|l| accept(&l, &mut qemu, "QEMU's console connection", interrupt))
             .transpose()?;
         let stream = accept(&qmp_listener, &mut qemu, "QEMU's QMP connection", interrupt)?;
-        let qmp = match Qmp::negotiate(stream) {
+        let mut qmp = match Qmp::negotiate(stream) {
             Ok(qmp) => qmp,
             // The more telling message, if QEMU is about to end.
             Err(source) => match qemu.wait_until(Instant::now() + END) {
@@ -146,9 +149,14 @@ impl Machine {
                 _ => return Err(Error::Qmp { source, log }),
             },
         };
+        let frozen = boot.spec.deterministic().then(|| Frozen::hold(qemu.id())).transpose()?;
+        if frozen.is_some() && !boot.spec.gdb {
+            qmp.cont().map_err(|source| Error::Qmp { source, log })?;
+        }
         Ok(Self {
             qmp,
             qemu,
+            _frozen: frozen,
             device,
             console_socket,
             sockets,

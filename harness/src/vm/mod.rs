@@ -10,6 +10,7 @@ pub mod device;
 mod error;
 pub mod events;
 pub mod folder;
+pub mod freeze;
 pub mod kvm;
 pub mod machine;
 pub mod poll;
