@@ -46,6 +46,14 @@ fn a_supervised_run_ends_well() {
 }
 
 #[test]
+fn a_worker_that_fails_fails_the_run_with_its_reason() {
+    let (status, output, error) = storm(&["run", "kunit", "-p", "suites=1000"]);
+    assert_eq!(status, Some(3), "{output}{error}");
+    assert!(output.contains("storm: kunit: "), "{output}");
+    assert!(!output.contains("Done in"), "{output}");
+}
+
+#[test]
 fn statistics_without_a_gpu_say_so() {
     let (status, output, _) = storm(&["stats"]);
     assert_eq!(status, Some(3));

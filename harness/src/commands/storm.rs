@@ -93,7 +93,8 @@ pub fn run(args: Args, ctx: &Context) -> Result<Outcome, Error> {
         machine.preempt = Some(preempt);
     }
     let guest = Guest::Run { scenario: scenario.name.clone(), seed: args.seed, parameters };
-    let prepared = prepare(&args.image, &machine, guest, ctx)?;
+    let mut prepared = prepare(&args.image, &machine, guest, ctx)?;
+    prepared.boot.spec.append.splice(0..0, scenario.command_line().iter().cloned());
     scenario.fits(prepared.boot.spec.profile.cpus, prepared.boot.spec.profile.gpus).map_err(usage)?;
     if machine.dry_run {
         print!("{}", prepared.dry_run());

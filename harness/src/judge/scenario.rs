@@ -36,6 +36,8 @@ struct Needs {
     gpus: u32,
     cpus: u32,
     preempt: Vec<Preempt>,
+    #[serde(default)]
+    command_line: Vec<String>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -214,6 +216,12 @@ impl Scenario {
     #[must_use]
     pub fn preempt(&self) -> &[Preempt] {
         &self.needs.preempt
+    }
+
+    /// What the guest kernel's command line needs for it, before the user's own words.
+    #[must_use]
+    pub fn command_line(&self) -> &[String] {
+        &self.needs.command_line
     }
 
     /// The control of this name.

@@ -48,6 +48,10 @@ pub(crate) struct Needs {
     pub(crate) cpus: usize,
     /// Preemption models under which `expect` holds.
     pub(crate) preempt: Vec<String>,
+    /// What the kernel's command line needs; the host adds it.
+    #[serde(default)]
+    #[expect(dead_code, reason = "read by the host; declared so that a misspelt key is an error here too")]
+    pub(crate) command_line: Vec<String>,
 }
 
 #[derive(Debug, Deserialize)]
