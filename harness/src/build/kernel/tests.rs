@@ -119,10 +119,13 @@ impl Bench {
         self.open(recipe).kernel()
     }
 
-    /// What the last build compiled.
+    /// What the last build compiled. Jobs run side by side, so their order says nothing.
     fn compiled(&self) -> Vec<String> {
         let log = fs::read_to_string(self.cache.log("kernel-tree-linux-default")).unwrap_or_default();
-        log.lines().filter_map(|l| l.strip_prefix("  CC      ")).map(str::to_owned).collect()
+        let mut files: Vec<_> =
+            log.lines().filter_map(|l| l.strip_prefix("  CC      ")).map(str::to_owned).collect();
+        files.sort();
+        files
     }
 }
 
