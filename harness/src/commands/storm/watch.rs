@@ -187,6 +187,9 @@ impl<'a> Watcher<'a> {
 
     /// Looks at device, CPUs and console. Gives the reason if the bench cannot see any more.
     fn look(&mut self, machine: &mut Machine, scratch: &Path, started: Instant) -> Option<String> {
+        if let Err(error) = machine.folder().has_space() {
+            return Some(format!("cannot go on writing to {}: {error}", machine.folder().dir().display()));
+        }
         self.hand_over(started.elapsed());
         let mut trouble = self.referee(machine, started.elapsed()).err();
         let now = started.elapsed();
