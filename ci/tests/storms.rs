@@ -126,3 +126,12 @@ fn healthy_device_passes_the_same_scenario() {
     expect(&Storm::run("smoke", ["smoke"]), "pass", 0);
     expect(&Storm::run("smoke-deterministic", ["smoke", "--deterministic"]), "pass", 0);
 }
+
+#[test]
+fn more_memory_than_vram_loses_nothing() {
+    let storm = Storm::run("evict-pressure", ["evict-pressure"]);
+    expect(&storm, "pass", 0);
+    let driver = storm.verdicts[0]["driver"].as_array().expect("the driver's counters");
+    let evicted = driver[0]["evicted"].as_u64().expect("evicted");
+    assert!(evicted >= 2048, "only {evicted} pages evicted: that is no pressure on a VRAM of 2048");
+}

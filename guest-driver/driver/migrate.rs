@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Moving pages between processes and VRAM: on demand of user space, on CPU faults, and all of them at once.
+//! Moving pages between processes and VRAM, on demand of user space and on CPU faults.
 //!
 //! A migration holds the locks of its folios from `migrate_vma_setup()` on until it is finalised. In between it
 //! allocates destinations and waits for the copy engine, whose waits have an end. An error on the way drops the
@@ -42,13 +42,7 @@ use kernel::{
         virt::flags,
         Mm, //
     },
-    prelude::*,
-    time::{
-        delay::fsleep,
-        Delta,
-        Instant,
-        Monotonic, //
-    }, //
+    prelude::*, //
 };
 
 use crate::{
@@ -63,6 +57,7 @@ use crate::{
         Segment,
         Work, //
     },
+    evict,
     gpu::Session,
     mirror::{
         owner,
@@ -76,26 +71,24 @@ use crate::{
 };
 
 /// Pages of one migration: as many as a page table has.
-const PAGES: usize = 512;
+pub(crate) const PAGES: usize = 512;
 
-/// How long eviction tries before it gives up.
-const EVICTION_LIMIT: Delta = Delta::from_millis(10_000);
-/// How long eviction waits for those who hold the pages that are left.
-const EVICTION_PAUSE: Delta = Delta::from_millis(1);
+/// How often room is made for one call: what was evicted for it may go to somebody else.
+const EVICTIONS: usize = 8;
 
 /// [`PAGE_SIZE`] as the device counts.
 const PAGE_BYTES: u32 = PAGE_SIZE as u32;
 
 /// Memory that a migration needs, allocated beforehand.
-struct Room {
-    entries: KBox<Entries<PAGES>>,
-    segments: KVVec<Segment>,
+pub(crate) struct Room {
+    pub(crate) entries: KBox<Entries<PAGES>>,
+    pub(crate) segments: KVVec<Segment>,
 }
 
 impl Room {
     /// For migrations of up to `pages` pages each. Small requests need small allocations, which do not get into
     /// compaction, which drains LRU batches.
-    fn new(pages: usize) -> Result<Self> {
+    pub(crate) fn new(pages: usize) -> Result<Self> {
         Ok(Self {
             entries: KBox::init(pin_init::init_zeroed(), GFP_KERNEL)?,
             segments: KVVec::with_capacity(cmp::min(pages, PAGES), GFP_KERNEL)?,
@@ -109,7 +102,7 @@ impl Room {
 ///
 /// `EINVAL` for addresses that are not aligned, not mapped or not readable, for memory that cannot migrate, and for
 /// unknown flags; `EINTR` on a signal; `ENOMEM`; those of the copy engine, in which case the pages of the call in
-/// question stay where they were.
+/// question stay where they were. That there is not room for all of it, even after eviction, is no error.
 pub(crate) fn migrate(
     session: &Session<'_>,
     pagemap: &VramPagemap,
@@ -121,9 +114,9 @@ pub(crate) fn migrate(
     let range = user_range(req.addr, req.npages)?;
     let select = select(req.select)?;
     let owner = owner(req.owner, pagemap)?;
-    let step = match (req.direction, req.reserved) {
-        (uapi::TO_DEVICE, 0) => to_device,
-        (uapi::TO_SYSTEM, 0) => to_system,
+    let towards_device = match (req.direction, req.reserved) {
+        (uapi::TO_DEVICE, 0) => true,
+        (uapi::TO_SYSTEM, 0) => false,
         _ => return Err(EINVAL),
     };
     let mm = mm.mmget_not_zero().ok_or(EINVAL)?;
@@ -141,13 +134,28 @@ pub(crate) fn migrate(
             addr.saturating_add(PAGES * PAGE_SIZE),
         );
 
-        let migration =
-            Migration::collect(&mmap, vma, addr..end, select, owner, &mut room.entries)?;
-        // CAST: `usize` has 64 bits.
-        req.calls += 1;
-        req.collected += migration.cpages() as u64;
-        let moved = step(session, pagemap, migration, &mut room.segments)?;
-        req.migrated += moved as u64;
+        for attempt in 0..=EVICTIONS {
+            let migration =
+                Migration::collect(&mmap, vma, addr..end, select, owner, &mut room.entries)?;
+            // CAST: `usize` has 64 bits.
+            req.calls += 1;
+            req.collected += migration.cpages() as u64;
+            let (moved, short) = if towards_device {
+                self::to_device(session, pagemap, migration, &mut room.segments)?
+            } else {
+                let moved = to_system(session, pagemap, migration, &mut room.segments)?;
+                (moved, 0)
+            };
+            req.migrated += moved as u64;
+
+            // With no folio locked any more, what is short can be taken from others.
+            if short == 0
+                || attempt == EVICTIONS
+                || evict::make_room(session, pagemap, short, &mut room)? == 0
+            {
+                break;
+            }
+        }
 
         addr = end;
         if addr < range.end && current!().signal_pending() {
@@ -169,32 +177,35 @@ fn select(bits: u32) -> Result<Select> {
     }
 }
 
-/// Moves what is not on this GPU yet to its VRAM, as long as there is any. Returns how many pages moved.
+/// Moves what is not on this GPU yet to its VRAM, as long as there is any. Returns how many pages moved, and for how
+/// many there was no room.
 fn to_device(
     session: &Session<'_>,
     pagemap: &VramPagemap,
     mut migration: Migration<'_, Collected>,
     segments: &mut KVVec<Segment>,
-) -> Result<usize> {
+) -> Result<(usize, usize)> {
+    let mut short = 0;
+
     for index in 0..migration.npages() {
         match migration.source(index) {
             Source::System(_) | Source::Hole => (),
             // It is here already, and stays.
             Source::Device(_) | Source::None => continue,
         }
-        let Some(page) = pagemap.alloc() else {
-            break;
-        };
-        migration.set_device(index, page)?;
+        match pagemap.alloc() {
+            Some(page) => migration.set_device(index, page)?,
+            None => short += 1,
+        }
     }
 
     let moved = run(session, pagemap.pages(), migration, segments)?;
     session.stats.to_device.add(moved as u64);
-    Ok(moved)
+    Ok((moved, short))
 }
 
 /// Moves what is on this GPU to system memory. Returns how many pages moved.
-fn to_system(
+pub(crate) fn to_system(
     session: &Session<'_>,
     pagemap: &VramPagemap,
     mut migration: Migration<'_, Collected>,
@@ -372,62 +383,4 @@ fn copy_one(
             length: PAGE_BYTES,
         }],
     )
-}
-
-/// Moves every page that is in use back to system memory, whoever uses it.
-///
-/// Pages that are locked by somebody else at the moment, or to which there is an extra reference, are tried again until
-/// a time limit is over.
-///
-/// # Errors
-///
-/// `EBUSY` if pages are left when the time is over, or the error of the copy engine that kept them there, both with a
-/// message; `ENODEV` if the device is dead; `ENOMEM`.
-pub(crate) fn evict_all(session: &Session<'_>, pagemap: &VramPagemap) -> Result {
-    let pages = pagemap.pages();
-    let mut room = Room::new(PAGES)?;
-    let start = Instant::<Monotonic>::now();
-
-    loop {
-        let result = evict_pass(session, pagemap, &mut room);
-        let left = pages.in_use();
-
-        if left == 0 {
-            return Ok(());
-        }
-        if result == Err(ENODEV) || start.elapsed() > EVICTION_LIMIT {
-            let error = result.err().unwrap_or(EBUSY);
-
-            dev_err!(
-                session.device(),
-                "{} pages are still in VRAM after {} ms of eviction: {:?}; they come back when their processes exit\n",
-                left,
-                start.elapsed().as_millis(),
-                error
-            );
-            return Err(error);
-        }
-        fsleep(EVICTION_PAUSE);
-    }
-}
-
-/// Tries to evict every page once. Returns the last error, but does not stop at it, except for a dead device.
-fn evict_pass(session: &Session<'_>, pagemap: &VramPagemap, room: &mut Room) -> Result {
-    let nr_pages = pagemap.pages().nr_pages();
-    let mut result = Ok(());
-
-    for first in (0..nr_pages).step_by(PAGES) {
-        let range = first..cmp::min(first + PAGES, nr_pages);
-        let migration = Migration::collect_device(pagemap.pages(), range, &mut room.entries)?;
-
-        if migration.cpages() == 0 {
-            continue;
-        }
-        match to_system(session, pagemap, migration, &mut room.segments) {
-            Ok(_) => (),
-            Err(ENODEV) => return Err(ENODEV),
-            Err(error) => result = Err(error),
-        }
-    }
-    result
 }

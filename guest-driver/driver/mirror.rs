@@ -383,7 +383,10 @@ impl Chunk<'_> {
                 Entry::None | Entry::Error => return Err(EFAULT),
             };
             let page = match page.memory() {
-                Memory::Device(page) => self.pagemap.locate(&page)?,
+                Memory::Device(page) => {
+                    self.pagemap.touch(&page);
+                    self.pagemap.locate(&page)?
+                }
                 Memory::System(_) if request == Request::Snapshot => return Err(ENOENT),
                 Memory::System(page) => {
                     let mapping =

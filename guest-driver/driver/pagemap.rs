@@ -30,6 +30,7 @@ use crate::{
         ring::Location,
         uapi::PAGE_SIZE, //
     },
+    evict,
     gpu::{
         Gpu,
         Session, //
@@ -134,9 +135,16 @@ impl VramPagemap {
     ///
     /// # Errors
     ///
-    /// Those of [`migrate::evict_all`].
+    /// Those of [`evict::all`].
     pub(crate) fn evict_all(&self, session: &Session<'_>) -> Result {
-        migrate::evict_all(session, self)
+        evict::all(session, self)
+    }
+
+    /// The device uses the page now.
+    pub(crate) fn touch(&self, page: &DevicePageRef<'_>) {
+        if let Some(index) = self.pages.index_of(page) {
+            self.pages.data().gpu().vram.touch(index);
+        }
     }
 }
 

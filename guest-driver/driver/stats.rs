@@ -95,4 +95,6 @@ stats! {
     fences_failed,
     /// Interrupts taken.
     interrupts,
+    /// Pages evicted to make room for others.
+    evicted,
 }

@@ -4,8 +4,9 @@
 //!
 //! VRAM is cut into chunks of 512 pages, the size of a huge device folio. Each chunk has a bitmap and a count of its
 //! free pages, and stands on one of two lists: *whole* (all free) or *partial* (some free); full chunks are on none.
-//! Order 0 is taken from a partial chunk if there is one, so that whole chunks last; order 9 is a whole chunk. All
-//! operations take constant time under one spinlock: `free` is called with a page-table lock held.
+//! Order 0 is taken from a partial chunk if there is one, so that whole chunks last; order 9 is a whole chunk. Chunks of
+//! which something is in use also stand in the order of their last use, for eviction. All operations take constant time
+//! under one spinlock: `free` is called with a page-table lock held.
 
 use kernel::{
     alloc::flags::GFP_KERNEL,
@@ -13,6 +14,8 @@ use kernel::{
     prelude::*,
     sync::SpinLock, //
 };
+
+use crate::lru::Lru;
 
 /// Order of a chunk, and the only order besides 0 that can be allocated.
 pub(crate) const CHUNK_ORDER: u32 = 9;
@@ -48,6 +51,7 @@ struct Chunks {
     chunks: KVVec<Chunk>,
     whole: List,
     partial: List,
+    used: Lru,
     free_pages: usize,
 }
 
@@ -98,6 +102,17 @@ impl Vram {
         }
     }
 
+    /// The page `index` is used now.
+    pub(crate) fn touch(&self, index: usize) {
+        self.chunks.lock().touch(index);
+    }
+
+    /// The first page of the chunk that was used longest ago, which then counts as used now: whoever comes next gets
+    /// another one. [`None`] if nothing is in use.
+    pub(crate) fn take_oldest(&self) -> Option<usize> {
+        self.chunks.lock().take_oldest()
+    }
+
     /// Gives the 2^`order` pages at `index` back. Does not sleep. What is free already is reported and left alone.
     pub(crate) fn free(&self, index: usize, order: u32) {
         let freed = match order {
@@ -128,6 +143,7 @@ impl Chunks {
             chunks: KVVec::with_capacity(nr_chunks, GFP_KERNEL)?,
             whole: List { first: NONE },
             partial: List { first: NONE },
+            used: Lru::new(nr_chunks)?,
             free_pages: nr_pages,
         };
         for _ in 0..nr_chunks {
@@ -200,6 +216,7 @@ impl Chunks {
         chunk.free_pages -= 1;
         let left = chunk.free_pages;
         self.free_pages -= 1;
+        self.used.touch(index);
         // A chunk of more than one page goes from whole to partial, and from partial to no list.
         if whole {
             self.unlink(true, index);
@@ -217,6 +234,7 @@ impl Chunks {
         chunk.free = [0; WORDS];
         chunk.free_pages = 0;
         self.free_pages -= CHUNK_PAGES;
+        self.used.touch(index);
         self.unlink(true, index);
         Some(usize::try_from(index).ok()? * CHUNK_PAGES)
     }
@@ -238,6 +256,7 @@ impl Chunks {
         match free_pages {
             1 => self.push(false, index),
             CHUNK_PAGES => {
+                self.used.remove(index);
                 self.unlink(false, index);
                 self.push(true, index);
             }
@@ -256,8 +275,28 @@ impl Chunks {
         chunk.free = [u64::MAX; WORDS];
         chunk.free_pages = CHUNK_PAGES;
         self.free_pages += CHUNK_PAGES;
+        self.used.remove(index);
         self.push(true, index);
         Ok(())
+    }
+
+    fn touch(&mut self, page: usize) {
+        // A page that is free by now is not used, whatever its user thinks.
+        if let Ok(index) = u32::try_from(page / CHUNK_PAGES) {
+            if self
+                .chunk(index)
+                .is_some_and(|chunk| chunk.free_pages < CHUNK_PAGES)
+            {
+                self.used.touch(index);
+            }
+        }
+    }
+
+    fn take_oldest(&mut self) -> Option<usize> {
+        let index = self.used.oldest()?;
+
+        self.used.touch(index);
+        Some(usize::try_from(index).ok()? * CHUNK_PAGES)
     }
 }
 
@@ -321,6 +360,29 @@ mod tests {
         chunks.free_page(page)?;
         assert!(chunks.free_page(page).is_err());
         assert_eq!(chunks.free_pages, CHUNK_PAGES);
+        Ok(())
+    }
+
+    #[test]
+    fn the_chunk_used_longest_ago_comes_first_and_free_ones_never() -> Result {
+        let mut chunks = Chunks::new(3 * CHUNK_PAGES)?;
+
+        assert_eq!(chunks.take_oldest(), None);
+        let first = chunks.alloc_chunk().ok_or(ENOMEM)?;
+        let second = chunks.alloc_chunk().ok_or(ENOMEM)?;
+        let third = chunks.alloc_page().ok_or(ENOMEM)?;
+        chunks.touch(first);
+        assert_eq!(chunks.take_oldest(), Some(second));
+        assert_eq!(
+            chunks.take_oldest(),
+            Some(third / CHUNK_PAGES * CHUNK_PAGES)
+        );
+        assert_eq!(chunks.take_oldest(), Some(first));
+        chunks.free_page(third)?;
+        chunks.free_chunk(second)?;
+        chunks.touch(second);
+        assert_eq!(chunks.take_oldest(), Some(first));
+        assert_eq!(chunks.take_oldest(), Some(first));
         Ok(())
     }
 

@@ -209,6 +209,7 @@ pub(crate) fn named(stats: &uapi::Stats) -> BTreeMap<String, u64> {
         ("fences_failed", stats.fences_failed),
         ("interrupts", stats.interrupts),
         ("flags", stats.flags),
+        ("evicted", stats.evicted),
     ]
     .into_iter()
     .map(|(name, value)| (name.to_owned(), value))

@@ -176,6 +176,8 @@ pub struct Stats {
     pub interrupts: u64,
     /// Bit 0: the device is synchronous.
     pub flags: u64,
+    /// Pages evicted to make room for others.
+    pub evicted: u64,
 }
 
 /// Reads [`Stats`].
@@ -185,7 +187,7 @@ const _: () = {
     assert!(size_of::<DmirrorCmd>() == 40);
     assert!(size_of::<Migrate>() == 56);
     assert!(size_of::<Access>() == 56);
-    assert!(size_of::<Stats>() == 128);
+    assert!(size_of::<Stats>() == 136);
     // The values of lib/test_hmm_uapi.h.
     assert!(HMM_DMIRROR_READ == 0xc028_4800);
     assert!(HMM_DMIRROR_FLAGS == 0xc028_4808);

@@ -95,6 +95,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<Outcome, Error> {
         }
         machine.preempt = Some(preempt);
     }
+    machine.vram = machine.vram.or(scenario.vram());
     let guest = Guest::Run { scenario: scenario.name.clone(), seed: args.seed, parameters };
     let mut prepared = prepare(&args.image, &machine, guest, ctx)?;
     prepared.boot.spec.append.splice(0..0, scenario.command_line().iter().cloned());

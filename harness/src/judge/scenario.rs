@@ -9,6 +9,7 @@ use serde::Deserialize;
 
 use super::verdict::Verdict;
 use crate::cli::Preempt;
+use crate::vm::Size;
 
 /// Format read here.
 const FORMAT: u32 = 1;
@@ -38,6 +39,7 @@ struct Needs {
     preempt: Vec<Preempt>,
     #[serde(default)]
     command_line: Vec<String>,
+    vram: Option<Size>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -222,6 +224,12 @@ impl Scenario {
     #[must_use]
     pub fn command_line(&self) -> &[String] {
         &self.needs.command_line
+    }
+
+    /// VRAM of each GPU, unless the user says otherwise.
+    #[must_use]
+    pub fn vram(&self) -> Option<Size> {
+        self.needs.vram
     }
 
     /// The control of this name.

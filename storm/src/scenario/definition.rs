@@ -52,6 +52,10 @@ pub(crate) struct Needs {
     #[serde(default)]
     #[expect(dead_code, reason = "read by the host; declared so that a misspelt key is an error here too")]
     pub(crate) command_line: Vec<String>,
+    /// VRAM that each GPU has unless the user says otherwise; the host sees to it.
+    #[serde(default)]
+    #[expect(dead_code, reason = "read by the host; declared so that a misspelt key is an error here too")]
+    pub(crate) vram: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]

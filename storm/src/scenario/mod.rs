@@ -3,6 +3,7 @@
 mod boot;
 pub(crate) mod definition;
 mod drain_livelock;
+mod evict_pressure;
 mod gate;
 mod kunit;
 mod smoke;
@@ -115,11 +116,14 @@ pub(crate) enum ScenarioError {
 type Build = fn(&Parameters, Machine) -> Result<Box<dyn Workload>, ScenarioError>;
 
 /// Each scenario's definition and constructor.
-const SCENARIOS: [(&str, Build); 4] = [
+const SCENARIOS: [(&str, Build); 5] = [
     (include_str!("../../scenarios/drain-livelock.toml"), |p, m| {
         Ok(Box::new(drain_livelock::DrainLivelock::new(p, m)?))
     }),
     (include_str!("../../scenarios/smoke.toml"), |p, m| Ok(Box::new(smoke::Smoke::new(p, m)))),
+    (include_str!("../../scenarios/evict-pressure.toml"), |p, m| {
+        Ok(Box::new(evict_pressure::EvictPressure::new(p, m)))
+    }),
     (include_str!("../../scenarios/boot.toml"), |_, _| Ok(Box::new(boot::Boot))),
     (include_str!("../../scenarios/kunit.toml"), |p, _| Ok(Box::new(kunit::Kunit::new(p)))),
 ];
@@ -196,7 +200,10 @@ mod tests {
     #[test]
     fn an_unknown_scenario_names_the_known_ones() {
         let error = prepare("drain", None, [], MACHINE).expect_err("unknown").to_string();
-        assert_eq!(error, "there is no scenario `drain`; there are: drain-livelock, smoke, boot, kunit");
+        assert_eq!(
+            error,
+            "there is no scenario `drain`; there are: drain-livelock, smoke, evict-pressure, boot, kunit"
+        );
     }
 
     #[test]

@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Making room in VRAM: the pages that were used longest ago go back to system memory, whoever uses them.
+//!
+//! What is evicted is a chunk of 512 pages at a time, as many as one migration moves: with less, the drain of the LRU
+//! batches that each migration costs would be most of the work. An eviction takes the locks of its folios as every
+//! migration does, but by trial: pages that somebody else has locked, or holds, stay, and so does the data of a page
+//! whose copy fails.
+//!
+//! Lock order: see [`crate::gpu`]. No folio may be locked by the caller.
+
+use core::cmp;
+
+use kernel::{
+    mm::migrate::Migration,
+    prelude::*,
+    time::{
+        delay::fsleep,
+        Delta,
+        Instant,
+        Monotonic, //
+    }, //
+};
+
+use crate::{
+    gpu::Session,
+    migrate::{
+        to_system,
+        Room,
+        PAGES, //
+    },
+    pagemap::VramPagemap, //
+};
+
+/// How long [`all`] tries before it gives up.
+const LIMIT: Delta = Delta::from_millis(10_000);
+/// How long it waits for those who hold the pages that are left.
+const PAUSE: Delta = Delta::from_millis(1);
+
+/// Evicts chunks, the one used longest ago first, until `wanted` pages are free or every chunk has had its turn. Returns
+/// how many pages it evicted.
+///
+/// # Errors
+///
+/// `ENODEV` if the device is dead; `ENOMEM`. A copy that fails is no error: the page stays, and the next chunk is tried.
+pub(crate) fn make_room(
+    session: &Session<'_>,
+    pagemap: &VramPagemap,
+    wanted: usize,
+    room: &mut Room,
+) -> Result<usize> {
+    let wanted = cmp::min(wanted, session.vram.pages());
+    let mut evicted = 0;
+
+    for _ in 0..session.vram.pages() / PAGES {
+        if session.vram.free_pages() >= wanted {
+            break;
+        }
+        let Some(first) = session.vram.take_oldest() else {
+            break;
+        };
+        evicted += match evict(session, pagemap, first, room) {
+            Ok(pages) => pages,
+            Err(ENODEV) => return Err(ENODEV),
+            Err(ENOMEM) => return Err(ENOMEM),
+            Err(_) => 0,
+        };
+    }
+    session.stats.evicted.add(evicted as u64);
+    Ok(evicted)
+}
+
+/// Evicts what it can of the chunk of pages that begins at `first`.
+fn evict(
+    session: &Session<'_>,
+    pagemap: &VramPagemap,
+    first: usize,
+    room: &mut Room,
+) -> Result<usize> {
+    let range = first..cmp::min(first + PAGES, pagemap.pages().nr_pages());
+    let migration = Migration::collect_device(pagemap.pages(), range, &mut room.entries)?;
+
+    if migration.cpages() == 0 {
+        return Ok(0);
+    }
+    to_system(session, pagemap, migration, &mut room.segments)
+}
+
+/// Moves every page that is in use back to system memory, whoever uses it.
+///
+/// Pages that are locked by somebody else at the moment, or to which there is an extra reference, are tried again until
+/// a time limit is over.
+///
+/// # Errors
+///
+/// `EBUSY` if pages are left when the time is over, or the error of the copy engine that kept them there, both with a
+/// message; `ENODEV` if the device is dead; `ENOMEM`.
+pub(crate) fn all(session: &Session<'_>, pagemap: &VramPagemap) -> Result {
+    let pages = pagemap.pages();
+    let mut room = Room::new(PAGES)?;
+    let start = Instant::<Monotonic>::now();
+
+    loop {
+        let result = pass(session, pagemap, &mut room);
+        let left = pages.in_use();
+
+        if left == 0 {
+            return Ok(());
+        }
+        if result == Err(ENODEV) || start.elapsed() > LIMIT {
+            let error = result.err().unwrap_or(EBUSY);
+
+            dev_err!(
+                session.device(),
+                "{} pages are still in VRAM after {} ms of eviction: {:?}; they come back when their processes exit\n",
+                left,
+                start.elapsed().as_millis(),
+                error
+            );
+            return Err(error);
+        }
+        fsleep(PAUSE);
+    }
+}
+
+/// Tries to evict every page once. Returns the last error, but does not stop at it, except for a dead device.
+fn pass(session: &Session<'_>, pagemap: &VramPagemap, room: &mut Room) -> Result {
+    let mut result = Ok(());
+
+    for first in (0..pagemap.pages().nr_pages()).step_by(PAGES) {
+        match evict(session, pagemap, first, room) {
+            Ok(_) => (),
+            Err(ENODEV) => return Err(ENODEV),
+            Err(error) => result = Err(error),
+        }
+    }
+    result
+}
