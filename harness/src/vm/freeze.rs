@@ -68,7 +68,10 @@ impl Frozen {
             })
             .map_err(|source| Error::Proc { what: "cannot start a thread".into(), source })?;
         // A tracer that is gone without a word has panicked.
-        outcome.recv().unwrap_or(Err(Errno::ECHILD)).map_err(|source| Error::Trace { thread: thread.as_raw(), source })?;
+        outcome
+            .recv()
+            .unwrap_or(Err(Errno::ECHILD))
+            .map_err(|source| Error::Trace { thread: thread.as_raw(), source })?;
         Ok(Self { _tracer: tracer })
     }
 }

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::build::module;
-use crate::build::patches::Patch;
+use crate::build::patches::{Origin, Patch};
 
 const MAKEFILE: &str = r#"
 all:
@@ -99,7 +99,7 @@ impl Bench {
         let patch = |(number, diff): (usize, &&str)| {
             let file = self.patches.join(format!("{variant}-{number}.patch"));
             fs::write(&file, diff).expect("write");
-            Patch::read(&file).expect("a patch")
+            Patch::read(&file, Origin::User).expect("a patch")
         };
         Recipe {
             source: Source::tree(&self.tree).expect("tree"),
@@ -119,10 +119,13 @@ impl Bench {
         self.open(recipe).kernel()
     }
 
-    /// What the last build compiled.
+    /// What the last build compiled, by name: make runs several jobs at once.
     fn compiled(&self) -> Vec<String> {
         let log = fs::read_to_string(self.cache.log("kernel-tree-linux-default")).unwrap_or_default();
-        log.lines().filter_map(|l| l.strip_prefix("  CC      ")).map(str::to_owned).collect()
+        let mut files: Vec<_> =
+            log.lines().filter_map(|l| l.strip_prefix("  CC      ")).map(str::to_owned).collect();
+        files.sort();
+        files
     }
 }
 
