@@ -1,10 +1,10 @@
 //! When the bench itself breaks: a clear error, exit code 2 or 3, never a verdict about the kernel, nothing left.
 
 use std::path::Path;
-use std::process::{Child, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use hmmstorm_smoke::{code, evidence, hmmstorm, processes_with, text};
+use hmmstorm_smoke::{code, evidence, hmmstorm, processes_with, root, text};
 use rustix::process::{Pid, Signal, kill_process};
 
 /// A running `hmmstorm`, ended with the test that started it.
@@ -156,4 +156,35 @@ fn wrong_usage_is_exit_code_two() {
         assert_eq!(code(&output), 2, "{arguments:?}: {}", text(&output));
         assert!(!text(&output).trim().is_empty(), "{arguments:?} fails without a word");
     }
+}
+
+/// A file system of 40 MiB, in a mount namespace of the test's own, that something else fills while the storm runs.
+#[test]
+fn disk_that_fills_up_is_a_harness_error() {
+    const SCRIPT: &str = r#"
+        mount -t tmpfs -o size=40m tmpfs "$1" || exit 77
+        "$2" storm drain-livelock --variant wait-on-locked --param rounds=100000 --out "$1/out" &
+        until grep -q '"event":"progress"' "$1"/out/*/events.jsonl 2>/dev/null; do
+            kill -0 $! 2>/dev/null || break
+            sleep 0.1
+        done
+        cat /dev/zero > "$1/fill" 2>/dev/null
+        wait $!"#;
+    let folder = evidence("full-disk");
+    let started = Instant::now();
+    let output = Command::new("unshare")
+        .args(["--mount", "--map-root-user", "sh", "-c", SCRIPT, "sh"])
+        .arg(&folder)
+        .arg(hmmstorm().get_program())
+        .current_dir(root())
+        .output()
+        .expect("unshare");
+    if output.status.code() == Some(77) || text(&output).contains("unshare failed") {
+        println!("skipped: this host allows no mount in a namespace: {}", text(&output));
+        return;
+    }
+    assert_eq!(code(&output), 3, "{}", text(&output));
+    let said = text(&output);
+    assert!(said.contains("No space left") || said.contains("MiB free"), "{said}");
+    assert!(started.elapsed() < Duration::from_secs(60), "it went on for {:?}", started.elapsed());
 }

@@ -21,6 +21,7 @@ fn stops_in_the_drivers_migrate_to_ram() {
     for frame in ["migrate_to_ram", "do_swap_page", "handle_mm_fault"] {
         assert!(said.contains(frame), "no {frame} in the backtrace:\n{said}");
     }
+    assert!(said.contains("fn migrate_to_ram("), "no line of the driver's source:\n{said}");
 }
 
 #[test]

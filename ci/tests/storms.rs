@@ -24,11 +24,28 @@ fn cycle_closes(verdict: &serde_json::Value) {
     assert!(cycle["closed"].as_bool() == Some(true), "the cycle does not close: {cycle:#}");
 }
 
+/// The same must come out of the guest's memory, where drgn can be had.
+#[track_caller]
+fn cycle_closes_in_memory(storm: &Storm) {
+    let structures = &storm.verdicts[0]["structures"];
+    if structures.is_null() {
+        println!("not read from memory: no drgn on this host");
+        return;
+    }
+    assert!(structures["closed"].as_bool() == Some(true), "{structures:#}");
+    let spinners = structures["spinners"].as_array().expect("spinners");
+    assert!(
+        spinners.iter().all(|s| s["memory"] == "MEMORY_DEVICE_PRIVATE" && s["locked"] == true),
+        "spinners at something else than a locked device-private folio: {structures:#}"
+    );
+}
+
 #[test]
 fn stock_kernel_livelocks_in_real_time() {
     let storm = storm("livelock", STOCK, &["--seed", "1", "--expect", "livelock"]);
     expect(&storm, "livelock", 0);
     cycle_closes(&storm.verdicts[0]);
+    cycle_closes_in_memory(&storm);
 }
 
 #[test]

@@ -1,19 +1,18 @@
 //! The command as a user sees it: exit codes and messages.
 
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::Command;
 
 /// `hmmstorm` with a cache of its own, in this source tree.
-fn hmmstorm(cache: &Path, args: &[&str]) -> Output {
+fn hmmstorm(cache: &Path) -> Command {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    Command::new(env!("CARGO_BIN_EXE_hmmstorm"))
-        .args(args)
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hmmstorm"));
+    command
         .current_dir(root)
         .env("HMMSTORM_CACHE", cache)
         .env_remove("HMMSTORM_QEMU")
-        .env_remove("HMMSTORM_DEVICE")
-        .output()
-        .expect("hmmstorm")
+        .env_remove("HMMSTORM_DEVICE");
+    command
 }
 
 struct Said {
@@ -24,7 +23,7 @@ struct Said {
 
 fn say(args: &[&str]) -> Said {
     let cache = tempfile::tempdir().expect("folder");
-    let output = hmmstorm(cache.path(), args);
+    let output = hmmstorm(cache.path()).args(args).output().expect("hmmstorm");
     Said {
         code: output.status.code(),
         stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
@@ -51,6 +50,31 @@ fn a_wrong_command_line_is_exit_code_2_with_a_reason() {
         assert!(said.stderr.contains(reason), "{args:?}: {}", said.stderr);
         assert_eq!(said.stdout, "", "{args:?}");
     }
+}
+
+#[test]
+fn missing_tools_are_named_and_nothing_is_begun() {
+    let (cache, path) = (tempfile::tempdir().expect("folder"), tempfile::tempdir().expect("folder"));
+    let output = hmmstorm(cache.path()).arg("build").env("PATH", path.path()).output().expect("hmmstorm");
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(3), "{error}");
+    for package in ["make", "flex", "gdb"] {
+        assert!(error.contains(package), "{package}: {error}");
+    }
+    assert!(!cache.path().join("trees").exists(), "a kernel tree was made");
+}
+
+#[test]
+fn a_tarball_that_is_another_is_refused_and_not_kept() {
+    let cache = tempfile::tempdir().expect("folder");
+    let tarball = cache.path().join("linux.tar.xz");
+    std::fs::write(&tarball, "not a kernel").expect("file");
+    let output =
+        hmmstorm(cache.path()).args(["setup", "--tarball"]).arg(&tarball).output().expect("hmmstorm");
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{error}");
+    assert!(error.contains("SHA-256") && error.contains("linux.tar.xz"), "{error}");
+    assert!(!cache.path().join("downloads").exists(), "something was kept");
 }
 
 #[test]
@@ -102,7 +126,7 @@ fn an_image_that_is_not_there_is_exit_code_3_and_names_the_file() {
 fn doctor_answers_for_kvm_and_remembers() {
     let cache = tempfile::tempdir().expect("folder");
     let doctor = || {
-        let output = hmmstorm(cache.path(), &["doctor", "--json"]);
+        let output = hmmstorm(cache.path()).args(["doctor", "--json"]).output().expect("hmmstorm");
         assert!(matches!(output.status.code(), Some(0 | 1)), "{}", String::from_utf8_lossy(&output.stderr));
         let findings: Vec<serde_json::Value> = serde_json::from_slice(&output.stdout).expect("JSON");
         findings.into_iter().find(|f| f["what"] == "KVM").expect("KVM")

@@ -7,6 +7,7 @@ mod archive;
 pub mod binaries;
 mod bundle;
 pub mod cache;
+mod drgn;
 mod error;
 mod hash;
 pub mod host;

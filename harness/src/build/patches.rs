@@ -102,7 +102,7 @@ impl Patch {
         command.args(["apply", "--verbose", "--reject", "--whitespace=nowarn", "-p1"]).arg(&file);
         let output = command.output().map_err(|e| BuildError::Tool {
             tool: "git".into(),
-            reason: format!("cannot be started: {e}"),
+            reason: format!("cannot be started: {e}; `hmmstorm doctor` says what this host lacks"),
         })?;
         if output.status.success() {
             return Ok(());

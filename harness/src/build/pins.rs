@@ -170,6 +170,8 @@ pub struct Toolchain {
     pub rust_src: RustSrcPin,
     /// The bindings generator.
     pub bindgen: BindgenPin,
+    /// The reader of a guest's data structures.
+    pub drgn: DrgnPin,
 }
 
 /// Which package archive, and whose keys.
@@ -233,6 +235,16 @@ pub struct BindgenPin {
     pub crate_name: String,
     /// Its version.
     pub version: String,
+}
+
+/// Which drgn to fetch.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DrgnPin {
+    /// Its version.
+    pub version: String,
+    /// Checksums of its wheels, hex; one for each Python that it may meet.
+    pub sha256: Vec<String>,
 }
 
 /// What a build needs of the host.

@@ -17,8 +17,9 @@ use super::process::{Job, guarded};
 use super::progress::Unit;
 use super::source::{self, Source};
 use super::toolchain::{self, KernelTools, Qemu};
-use super::{BuildError, Cache, Pins, Progress, Stack};
+use super::{BuildError, Cache, Pins, Progress, Stack, drgn};
 use crate::cli::{Context, ImageArgs};
+use crate::judge::structures::Reader;
 
 /// What to build. The default is the reference kernel, stock.
 #[derive(Clone, Debug, Default)]
@@ -86,6 +87,11 @@ impl Builder {
         binaries::device(&self.pins.repo, &self.cache, &self.progress)
     }
 
+    /// What reads a guest's data structures; fetched if need be.
+    pub fn drgn(&self) -> Result<Reader, BuildError> {
+        drgn::drgn(&self.pins, &self.cache, &self.progress)
+    }
+
     /// The image that a command line asks for: the one named by `--image`, or what the other options describe.
     pub fn image(&self, args: &ImageArgs) -> Result<Image, BuildError> {
         match &args.image {
@@ -122,6 +128,10 @@ impl Builder {
         let qemu = self.qemu()?;
         progress.note(format_args!("QEMU {}: {}", qemu.version, qemu.program.display()));
         toolchain::busybox(pins, cache, progress)?;
+        // Nothing but evidence depends on it.
+        if let Err(error) = self.drgn() {
+            progress.note(format_args!("without drgn, a cycle is named but not read from memory: {error}"));
+        }
         let file = source::tarball(kernel, pins, cache, progress)?;
         progress.note(format_args!("kernel {}: {}", kernel.name, file.display()));
         self.fetch_crates()?;

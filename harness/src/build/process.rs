@@ -85,7 +85,10 @@ impl Job<'_> {
         let (reader, writer) = io::pipe().on("make a pipe for", self.log)?;
         let stderr = writer.try_clone().on("make a pipe for", self.log)?;
         let child = command.stdin(Stdio::null()).stdout(writer).stderr(stderr).spawn().map_err(|e| {
-            BuildError::Tool { tool: program.clone(), reason: format!("cannot be started: {e}") }
+            BuildError::Tool {
+                tool: program.clone(),
+                reason: format!("cannot be started: {e}; `hmmstorm doctor` says what this host lacks"),
+            }
         })?;
         let mut child = Running(child);
         drop(command); // and with it the pipe's write ends, or the reader would never see the end
@@ -207,11 +210,10 @@ fn open_log(path: &Path) -> Result<BufWriter<File>, BuildError> {
 /// What a short program prints on stdout, trimmed; its stderr is part of the error when it fails.
 pub(super) fn capture(command: &mut Command) -> Result<String, BuildError> {
     let program = show(command);
-    let output = command
-        .env("LC_ALL", "C")
-        .stdin(Stdio::null())
-        .output()
-        .map_err(|e| BuildError::Tool { tool: program.clone(), reason: format!("cannot be started: {e}") })?;
+    let output = command.env("LC_ALL", "C").stdin(Stdio::null()).output().map_err(|e| BuildError::Tool {
+        tool: program.clone(),
+        reason: format!("cannot be started: {e}; `hmmstorm doctor` says what this host lacks"),
+    })?;
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);
         if said.contains(FULL) {

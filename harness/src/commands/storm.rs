@@ -9,15 +9,17 @@ use std::process::{self, Command};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::prepare::{Prepared, prepare};
+use crate::build::Builder;
 use crate::cli::{Context, Error, ImageArgs, MachineArgs, Outcome, Preempt};
 use crate::judge::cycle::Cycle;
 use crate::judge::record::{self, Provenance, Record, Run, Timings, Totals};
 use crate::judge::sampler::Sampler;
 use crate::judge::scenario::{self, Control, Scenario};
+use crate::judge::structures::{self, Reader, Structures};
 use crate::judge::symbols::Symbols;
 use crate::judge::verdict::{Judge, Limits, Verdict};
 use crate::vm::command::QemuProgram;
-use crate::vm::{self, Guest, RunFolder};
+use crate::vm::{self, Guest, Machine, RunFolder, ram};
 use show::{Progress, Summary};
 use watch::{Seen, Watcher};
 
@@ -73,6 +75,7 @@ struct Storm<'a> {
     binaries: BTreeMap<String, String>,
     commit: Option<String>,
     qemu_version: Option<String>,
+    reader: Option<Reader>,
 }
 
 /// Runs the command.
@@ -186,6 +189,9 @@ impl<'a> Storm<'a> {
         let image = serde_json::to_value(&prepared.image.provenance)?;
         let commit = commit(&ctx.repo);
         let qemu_version = version(&prepared.boot.qemu);
+        let reader = Builder::new(ctx).and_then(|builder| builder.drgn());
+        let reader =
+            reader.inspect_err(|error| ctx.detail(format_args!("no cycle from memory: {error}"))).ok();
         Ok(Self {
             ctx,
             prepared,
@@ -197,6 +203,7 @@ impl<'a> Storm<'a> {
             binaries,
             commit,
             qemu_version,
+            reader,
         })
     }
 
@@ -268,11 +275,13 @@ impl<'a> Storm<'a> {
         let watcher = Watcher::new(judge, sampler, &self.prepared.image.modules, deterministic);
         let mut progress = Progress::new(self.ctx, format!("seed {seed}"));
         let began = Instant::now();
+        let mut structures = None;
         let seen = match prepared.start(folder.clone(), self.ctx) {
             Ok(mut machine) => {
-                let seen = watcher.watch(&mut machine, |phase| progress.phase(phase));
+                let seen = watcher.watch(&mut machine, |phase| progress.phase(phase))?;
+                structures = self.structures(&seen, &mut machine);
                 machine.stop();
-                seen?
+                seen
             }
             Err(Error::Interrupted) => return Err(Error::Interrupted),
             Err(Error::Harness(error)) => match error.downcast::<vm::Error>() {
@@ -283,10 +292,47 @@ impl<'a> Storm<'a> {
             Err(error) => return Err(error),
         };
         drop(progress);
-        let record = self.record(seed, &prepared, &folder, seen, began.elapsed())?;
+        let mut record = self.record(seed, &prepared, &folder, seen, began.elapsed())?;
+        record.structures = structures;
         record::write_json(&folder.dir().join("verdict.json"), &record)?;
         print!("{}", show::run(&record, folder.dir()));
         Ok(record)
+    }
+
+    /// The cycle out of the guest's memory. A machine in deterministic mode has ended by itself when the verdict is
+    /// certain, and takes its memory with it.
+    fn structures(&self, seen: &Seen, machine: &mut Machine) -> Option<Structures> {
+        let reader = self.reader.as_ref()?;
+        if seen.judgement.verdict != Verdict::Livelock || self.prepared.boot.spec.deterministic() {
+            return None;
+        }
+        let mut read = || -> Result<Structures, Box<dyn std::error::Error>> {
+            machine.qmp().stop()?;
+            let registers = machine.qmp().registers()?;
+            let modules: Vec<&Path> = self.prepared.image.modules.values().map(PathBuf::as_path).collect();
+            let guest = structures::Guest {
+                memory: &ram::file(machine.qemu_id())?,
+                segments: &ram::segments(self.prepared.boot.spec.profile.memory.bytes()),
+                registers: &registers,
+                vmlinux: &self.prepared.image.vmlinux,
+                release: &self.prepared.image.provenance.kernel_version,
+                modules: &modules,
+            };
+            let folder = machine.folder().dir();
+            let structures = reader.read(&guest, folder)?;
+            if let Some(picture) = structures::svg(&structures) {
+                std::fs::write(folder.join("cycle.svg"), picture)?;
+            }
+            Ok(structures)
+        };
+        // It is evidence on top: without it the verdict is what it was.
+        match read() {
+            Ok(structures) => Some(structures),
+            Err(error) => {
+                self.ctx.note(format_args!("the cycle was not read from the guest's memory: {error}"));
+                None
+            }
+        }
     }
 
     fn record(
@@ -349,6 +395,7 @@ impl<'a> Storm<'a> {
             title: record::title(&judgement),
             identity: record::identity(&judgement, cycle.as_ref()),
             cycle,
+            structures: None,
             progress: totals(&judge),
             device,
             driver,

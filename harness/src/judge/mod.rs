@@ -12,5 +12,6 @@ pub mod sampler;
 pub mod scenario;
 pub mod stack;
 pub mod statistics;
+pub mod structures;
 pub mod symbols;
 pub mod verdict;

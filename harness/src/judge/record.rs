@@ -13,6 +13,7 @@ use super::console::Finding;
 use super::cycle::Cycle;
 use super::sampler::{CpuSummary, Mode, Sampler};
 use super::stack::chain;
+use super::structures::Structures;
 use super::verdict::{Judgement, Verdict};
 
 /// Version of the schema; grows when a field changes its meaning or goes away.
@@ -41,6 +42,9 @@ pub struct Record {
     /// Who waits for whom, for `livelock`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cycle: Option<Cycle>,
+    /// The same read from the guest's memory, of a real-time run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub structures: Option<Structures>,
     /// Where the workload stood at the end.
     pub progress: Totals,
     /// The device's counters at the end, by GPU.

@@ -306,6 +306,9 @@ mod tests {
         );
         assert!(values(&words, "-append")[0].contains("preempt=lazy"));
         assert!(values(&words, "-append")[0].contains("softlockup_panic=1"));
+        assert!(values(&words, "-append")[0].contains("watchdog_thresh=10"));
+        // It starts once QEMU's RCU thread is held.
+        assert!(words.iter().any(|word| word == "-S"));
         let line = device(&spec, Path::new("/d"), &Sockets { dir: "/s".into() });
         assert_eq!(
             line.to_string().replace(" \\\n    ", " "),

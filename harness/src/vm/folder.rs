@@ -18,8 +18,10 @@ pub struct RunFolder {
     dir: PathBuf,
 }
 
-/// Bytes that must be free for a run's logs.
+/// Bytes that must be free for a run's logs before it begins.
 const LEAST_SPACE: u64 = 32 << 20;
+/// Bytes below which a run ends: what it still writes is lost soon.
+const LAST_SPACE: u64 = 1 << 20;
 
 impl RunFolder {
     /// A folder that may not exist yet.
@@ -31,17 +33,20 @@ impl RunFolder {
     pub fn create(dir: impl AsRef<Path>) -> io::Result<Self> {
         let dir = std::path::absolute(dir)?;
         fs::create_dir_all(&dir)?;
-        let stat = rustix::fs::statvfs(&dir)?;
-        if stat.f_bavail.saturating_mul(stat.f_frsize) < LEAST_SPACE {
-            // QEMU drops what it cannot write, and a guest that seems to say nothing would be taken for a dead one.
-            let why = format!("less than {} MiB free there", LEAST_SPACE >> 20);
-            return Err(io::Error::new(io::ErrorKind::StorageFull, why));
-        }
+        enough_space(&dir, LEAST_SPACE)?;
         let folder = Self { dir };
         for path in [folder.console(), folder.events(), folder.qemu_log(), folder.device_log()] {
             File::create(path)?;
         }
         Ok(folder)
+    }
+
+    /// Whether there is still room for what the machine writes.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::StorageFull`], or what stops the file system from being asked.
+    pub fn has_space(&self) -> io::Result<()> {
+        enough_space(&self.dir, LAST_SPACE)
     }
 
     /// The folder itself.
@@ -78,4 +83,14 @@ impl RunFolder {
     pub fn device_command(&self) -> PathBuf {
         self.dir.join("device.cmdline")
     }
+}
+
+/// QEMU drops what it cannot write, and a guest that seems to say nothing would be taken for a dead one.
+fn enough_space(dir: &Path, least: u64) -> io::Result<()> {
+    let stat = rustix::fs::statvfs(dir)?;
+    if stat.f_bavail.saturating_mul(stat.f_frsize) < least {
+        let why = format!("less than {} MiB free there", least >> 20);
+        return Err(io::Error::new(io::ErrorKind::StorageFull, why));
+    }
+    Ok(())
 }

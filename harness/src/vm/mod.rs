@@ -16,6 +16,7 @@ pub mod machine;
 pub mod poll;
 pub mod profile;
 pub mod qmp;
+pub mod ram;
 mod size;
 mod sockets;
 pub mod spec;

@@ -81,14 +81,15 @@ pub struct Limits {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Deterministic {
-    /// CPUs, and the most that `--cpus` may ask for: with more, QEMU's order of CPUs differs from run to run.
-    pub cpus: u32,
     /// An instruction takes 2^shift nanoseconds of guest time.
     pub shift: u32,
     /// QEMU's own seed.
     pub seed: u64,
     /// Date at which the guest's clock starts.
     pub rtc: String,
+    /// In place of the detectors' `soft-lockup`: guest time runs ahead of the host's, and the CPUs must be sampled, in
+    /// host time, before the guest's end.
+    pub soft_lockup: u32,
     /// Whether a soft lockup panics.
     pub panic_on_soft_lockup: bool,
 }
@@ -154,7 +155,10 @@ impl Profile {
         if !(2..=7).contains(&self.deterministic.shift) {
             return Err(format!("deterministic.shift = {}: only 2 to 7 boot", self.deterministic.shift));
         }
-        self.detectors.check()
+        self.detectors.check()?;
+        Detectors { soft_lockup: self.deterministic.soft_lockup, ..self.detectors }
+            .check()
+            .map_err(|problem| format!("in deterministic mode: {problem}"))
     }
 }
 

@@ -118,15 +118,7 @@ impl Spec {
         let mut profile = Profile::load(dir, &profile_name)?;
         let set = |value: &mut u32, wish: Option<u32>| *value = wish.unwrap_or(*value);
         if args.deterministic {
-            let most = profile.deterministic.cpus;
-            if let Some(cpus) = args.cpus.filter(|&cpus| cpus > most) {
-                let why = format!(
-                    "--deterministic and --cpus {cpus}: with more than {most} CPUs QEMU does not run them in the \
-                     same order each time; leave out one of the two"
-                );
-                return Err(Error::Contradiction(why));
-            }
-            profile.cpus = most;
+            profile.detectors.soft_lockup = profile.deterministic.soft_lockup;
         }
         set(&mut profile.cpus, args.cpus);
         set(&mut profile.gpus, args.gpus);

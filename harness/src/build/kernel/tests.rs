@@ -119,7 +119,7 @@ impl Bench {
         self.open(recipe).kernel()
     }
 
-    /// What the last build compiled, by name: make runs several jobs at once.
+    /// What the last build compiled. Jobs run side by side, so their order says nothing.
     fn compiled(&self) -> Vec<String> {
         let log = fs::read_to_string(self.cache.log("kernel-tree-linux-default")).unwrap_or_default();
         let mut files: Vec<_> =

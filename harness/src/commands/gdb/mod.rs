@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use super::prepare::{Prepared, prepare};
+use crate::build::SOURCE_PREFIX;
 use crate::cli::{Accel, Context, Error, ImageArgs, MachineArgs, Outcome};
 use crate::vm::children::Child;
 use crate::vm::{Guest, Machine, Occurrence, RunFolder};
@@ -135,6 +136,8 @@ pub fn run(mut args: Args, ctx: &Context) -> Result<Outcome, Error> {
     if let Some(dir) = prepared.image.modules.values().find_map(|m| m.parent()) {
         command.current_dir(dir);
     }
+    // The driver's debug information says a prefix in place of the checkout it was built from.
+    command.arg("-iex").arg(format!("set substitute-path {SOURCE_PREFIX} {}", ctx.repo.display()));
     command.arg(&vmlinux).arg("-x").arg(&files.script);
     if args.batch {
         batch(&args, command, machine, &files, ctx)

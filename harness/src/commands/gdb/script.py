@@ -144,6 +144,15 @@ def arm_at_stop(event):
         say("the breakpoints in it are set; `continue` runs the module")
 
 
+def source_line():
+    """The line that the stop is at, or why it cannot be shown."""
+    try:
+        line = gdb.selected_frame().find_sal().line
+        return gdb.execute("list {0},{0}".format(line), to_string=True) if line else ""
+    except gdb.error as error:
+        return "no source: {}\n".format(error)
+
+
 def batch():
     """Runs until one of the breakpoints is hit; says so in the result file."""
     result = {"reached": False, "why": "the guest ended first"}
@@ -163,7 +172,7 @@ def batch():
                 result = {
                     "reached": True,
                     "why": "breakpoint {}".format(hits[0]),
-                    "backtrace": gdb.execute("backtrace 40", to_string=True),
+                    "backtrace": gdb.execute("backtrace 40", to_string=True) + source_line(),
                 }
                 break
             MODULES.arm()

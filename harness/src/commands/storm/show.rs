@@ -103,7 +103,10 @@ pub(super) fn run(record: &Record, folder: &Path) -> String {
             let _ = writeln!(text, "  finding {identity}: {}", record.title.as_deref().unwrap_or_default());
         }
         match &record.cycle {
-            Some(cycle) => text.push_str(&cycle.to_string()),
+            Some(cycle) => {
+                text.push_str(&cycle.to_string());
+                structures(record, &mut text);
+            }
             None => {
                 for evidence in judgement.evidence.iter().filter(|evidence| evidence.weight != Weight::Note) {
                     let word = match evidence.weight {
@@ -129,6 +132,22 @@ pub(super) fn run(record: &Record, folder: &Path) -> String {
         let _ = writeln!(text, "  evidence: {}", folder.display());
     }
     text
+}
+
+/// What the guest's memory says of the cycle.
+fn structures(record: &Record, text: &mut String) {
+    let Some(structures) = &record.structures else { return };
+    let _ = writeln!(
+        text,
+        "  the same from the guest's memory{}:",
+        if structures.closed { "" } else { ", as far as it goes" }
+    );
+    for says in &structures.statements {
+        let _ = writeln!(text, "  - {says}");
+    }
+    for note in &structures.reading.notes {
+        let _ = writeln!(text, "  - not read: {note}");
+    }
 }
 
 #[expect(clippy::cast_precision_loss, reason = "times for people")]

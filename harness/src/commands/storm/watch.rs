@@ -18,6 +18,8 @@ use crate::vm::{self, End, Machine, Occurrence};
 const TICK: Duration = Duration::from_millis(100);
 /// The same where guest time may run far ahead of the host's.
 const DETERMINISTIC_TICK: Duration = Duration::from_millis(20);
+/// The same once a deterministic guest is stuck: it ends itself within a second of the host's time.
+const LAST_LOOKS: Duration = Duration::from_millis(4);
 /// Host time without progress after which CPUs are sampled.
 const SUSPICION: Duration = Duration::from_millis(700);
 /// Host time that QMP or the control socket may fail before the bench gives up: a machine that is ending fails there first.
@@ -120,7 +122,6 @@ impl<'a> Watcher<'a> {
     ) -> Result<Seen, Error> {
         let started = machine.started();
         let scratch = machine.sockets().dir.join("memory");
-        let tick = if self.deterministic { DETERMINISTIC_TICK } else { TICK };
         let mut next = Instant::now();
         loop {
             match machine.next(next) {
@@ -140,7 +141,7 @@ impl<'a> Watcher<'a> {
                     return Ok(self.ended(ended(end), started.elapsed()));
                 }
                 Ok(Occurrence::Deadline) => {
-                    next = Instant::now() + tick;
+                    next = Instant::now() + self.tick(started.elapsed());
                     if let Some(why) = self.look(machine, &scratch, started) {
                         return Ok(self.ended(Ended::BenchFailed(why), started.elapsed()));
                     }
@@ -186,6 +187,9 @@ impl<'a> Watcher<'a> {
 
     /// Looks at device, CPUs and console. Gives the reason if the bench cannot see any more.
     fn look(&mut self, machine: &mut Machine, scratch: &Path, started: Instant) -> Option<String> {
+        if let Err(error) = machine.folder().has_space() {
+            return Some(format!("cannot go on writing to {}: {error}", machine.folder().dir().display()));
+        }
         self.hand_over(started.elapsed());
         let mut trouble = self.referee(machine, started.elapsed()).err();
         let now = started.elapsed();
@@ -205,6 +209,15 @@ impl<'a> Watcher<'a> {
         };
         let (since, first) = self.failing.get_or_insert((Instant::now(), trouble));
         (since.elapsed() >= FORBEARANCE).then(|| first.clone())
+    }
+
+    /// Host time until the next look.
+    fn tick(&self, now: Duration) -> Duration {
+        match (self.deterministic, self.suspicious(now)) {
+            (false, _) => TICK,
+            (true, false) => DETERMINISTIC_TICK,
+            (true, true) => LAST_LOOKS,
+        }
     }
 
     /// Whether to sample the CPUs. In deterministic mode every QMP command wakes QEMU's main loop, and that may see a guest

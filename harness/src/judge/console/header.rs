@@ -46,7 +46,8 @@ static PATTERNS: LazyLock<Patterns> = LazyLock::new(|| {
         hung: pattern(
             r"^INFO: task (.*):(\d+) (?:blocked (?:in I/O wait )?|can't die )for more than (\d+) seconds",
         ),
-        stuck_pool: pattern(r"^BUG: workqueue lockup - pool(?: cpus=(\S+))?.*? stuck for (\d+)s!"),
+        // Printed in pieces, between which another CPU's message may come: then the rest is on a line of its own.
+        stuck_pool: pattern(r"^BUG: workqueue lockup - pool(?: cpus=(\S+))?(?:.* stuck for (\d+)s!)?"),
         rcu: pattern(r"^INFO: rcu_\w+ (?:self-)?detected (?:expedited )?stall"),
         warn: pattern(r"^WARNING: .*CPU[#:] ?(\d+)(?:: (.*)/(\d+)$| PID: (\d+))"),
         bad_page: pattern(r"^BUG: Bad page (?:state|map|cache)"),
@@ -206,6 +207,10 @@ mod tests {
             panic!("no workqueue lockup");
         };
         assert_eq!((pools[0].cpus.as_slice(), pools[0].seconds), ([0, 2, 3].as_slice(), 8));
+        let Some(Kind::WorkqueueLockup { pools, .. }) = kind("BUG: workqueue lockup - pool cpus=2") else {
+            panic!("no workqueue lockup");
+        };
+        assert_eq!((pools[0].cpus.as_slice(), pools[0].seconds), ([2].as_slice(), 0));
         assert_eq!(
             classify("NMI backtrace for cpu 2").map(|header| (header.kind, header.cpu)),
             Some((Kind::CpuDump, Some(2)))
