@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 use object::read::elf::{FileHeader, ProgramHeader};
 use object::{Endianness, elf};
 
+use super::cache::Lock;
 use super::error::IoContext;
 use super::process::{Job, guarded};
 use super::progress::Unit;
-use super::{BuildError, Cache, Progress};
+use super::{BuildError, Cache, Progress, hash};
 
 /// The one target whose C library can be linked statically without further installation.
 const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
@@ -29,19 +30,29 @@ const FOREIGN: [&str; 8] = [
 /// The device's program, up to date with its source.
 pub fn device(repo: &Path, cache: &Cache, progress: &Progress) -> Result<PathBuf, BuildError> {
     let target_dir = cache.path("cargo/device");
-    cargo(repo, "hmmstorm-device", &target_dir, None, cache, progress)?;
-    Ok(target_dir.join("release/hmmstorm-device"))
+    let _lock = cargo(repo, "hmmstorm-device", &target_dir, None, cache, progress)?;
+    keep(&target_dir.join("release/hmmstorm-device"), cache)
 }
 
 /// The guest's PID 1, up to date with its source: a static binary.
 pub fn storm(repo: &Path, cache: &Cache, progress: &Progress) -> Result<PathBuf, BuildError> {
     let target_dir = cache.path("cargo/guest");
-    cargo(repo, "storm", &target_dir, Some(GUEST_TARGET), cache, progress)?;
+    let _lock = cargo(repo, "storm", &target_dir, Some(GUEST_TARGET), cache, progress)?;
     let program = target_dir.join(GUEST_TARGET).join("release/storm");
     require_static(&program)?;
-    Ok(program)
+    keep(&program, cache)
 }
 
+/// Copies a program to a place named after its content: the next checkout to build would put its own where cargo left
+/// this one. The caller holds cargo's lock.
+fn keep(program: &Path, cache: &Cache) -> Result<PathBuf, BuildError> {
+    let name = program.file_name().unwrap_or(program.as_os_str());
+    let dir = cache.path("programs").join(format!("{}-{:.16}", name.display(), hash::file(program)?));
+    cache.publish(&dir, |dir| fs::copy(program, dir.join(name)).map(|_| ()).on("copy", program))?;
+    Ok(dir.join(name))
+}
+
+/// Builds a package. What it left stays as it is while the lock is held.
 fn cargo(
     repo: &Path,
     package: &str,
@@ -49,9 +60,9 @@ fn cargo(
     static_target: Option<&str>,
     cache: &Cache,
     progress: &Progress,
-) -> Result<(), BuildError> {
+) -> Result<Lock, BuildError> {
     let what = format!("building {package}");
-    let _lock = cache.lock(&format!("cargo-{package}"), progress)?;
+    let lock = cache.lock(&format!("cargo-{package}"), progress)?;
     let log = cache.fresh_log(&format!("cargo-{package}"))?;
     let mut command = guarded("cargo");
     command.current_dir(repo).args(["build", "--release", "--locked", "--package", package, "--target-dir"]);
@@ -78,7 +89,7 @@ fn cargo(
     if let Some(step) = step {
         step.done();
     }
-    Ok(())
+    Ok(lock)
 }
 
 /// Fails if a program needs a loader: there is none in the guest.
@@ -102,6 +113,19 @@ fn is_static(bytes: &[u8]) -> Option<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_program_outlives_the_next_build() {
+        let dir = tempfile::tempdir().expect("temporary folder");
+        let cache = Cache::open(&dir.path().join("cache")).expect("cache");
+        let program = dir.path().join("storm");
+        let built = ["one", "two", "one"].map(|text| {
+            fs::write(&program, text).expect("write");
+            keep(&program, &cache).expect("kept")
+        });
+        assert_eq!(built.each_ref().map(|p| fs::read_to_string(p).expect("read")), ["one", "two", "one"]);
+        assert_eq!(built[0], built[2]);
+    }
 
     #[test]
     fn programs_with_a_loader_are_refused() {

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::patches::Origin;
 use crate::cli;
 
 /// Any failure of this module's parts.
@@ -113,14 +114,18 @@ pub enum BuildError {
     NoArchive(String),
 
     /// A patch does not apply.
-    #[error("{name} does not apply to {onto}:{}", indent(detail))]
+    #[error("{name} does not apply to {onto}:{}\n{advice}", indent(detail))]
     Patch {
         /// File name of the patch.
         name: String,
         /// What it was applied to.
         onto: String,
-        /// File and hunk, as git has it.
+        /// File, line and hunk.
         detail: String,
+        /// What to do.
+        advice: String,
+        /// Who asked for it.
+        origin: Origin,
     },
 
     /// `olddefconfig` dropped or changed lines of a fragment.
@@ -152,7 +157,11 @@ impl BuildError {
     pub fn into_cli(self) -> cli::Error {
         match self {
             Self::Interrupted => cli::Error::Interrupted,
-            Self::Unknown { .. } | Self::Usage(_) => cli::Error::Usage(self.to_string()),
+            Self::Unknown { .. }
+            | Self::Usage(_)
+            | Self::Patch { origin: Origin::Variant(_) | Origin::User, .. } => {
+                cli::Error::Usage(self.to_string())
+            }
             other => cli::Error::Harness(Box::new(other)),
         }
     }

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::BuildError;
 use super::cache::write_whole;
 use super::error::IoContext;
+use super::patches::Origin;
 
 /// A bootable image: kernel and initramfs, with the symbols of both.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,7 +35,7 @@ pub struct Provenance {
     pub kernel_source_sha256: String,
     /// Patches on it, in order of application.
     pub patches: Vec<AppliedPatch>,
-    /// Name of the fix candidate.
+    /// Names of the fix candidates and of the user's files, joined by `+` in order of application.
     pub variant: String,
     /// Kind of build.
     pub flavour: String,
@@ -57,8 +58,11 @@ pub struct Provenance {
 /// A patch that an image's kernel has.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AppliedPatch {
-    /// File name, or subject of the mail.
+    /// File name; of a series, that of the mailbox with number and subject of the mail.
     pub name: String,
+    /// Who asked for it; none in images of older versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<Origin>,
     /// Checksum.
     pub sha256: String,
 }

@@ -26,6 +26,9 @@ use super::source::{Source, walk};
 use super::toolchain::KernelTools;
 use super::{BuildError, Cache, Progress, hash, kconfig};
 
+/// Most characters of a variant in a folder's name.
+const SLUG: usize = 80;
+
 /// Everything that decides what a kernel is.
 #[derive(Clone, Debug)]
 pub(super) struct Recipe {
@@ -41,6 +44,14 @@ pub(super) struct Recipe {
     pub(super) patches: Vec<Patch>,
     /// Configuration fragments, in order.
     pub(super) fragments: Vec<String>,
+}
+
+impl Recipe {
+    /// The variant as part of a folder's name, which users' file names may not be fit for.
+    pub(super) fn slug(&self) -> String {
+        let plain = |c: char| if c.is_ascii_alphanumeric() || "._+-".contains(c) { c } else { '_' };
+        self.variant.chars().take(SLUG).map(plain).collect()
+    }
 }
 
 /// A kernel that is built and published.
@@ -203,7 +214,7 @@ impl<'a> LiveTree<'a> {
 
     fn published(&self) -> PathBuf {
         let key = self.kernel_key();
-        let name = format!("{}-{}-{}", self.recipe.source.name(), self.recipe.variant, key.short());
+        let name = format!("{}-{}-{}", self.recipe.source.name(), self.recipe.slug(), key.short());
         self.cache.path("kernels").join(name)
     }
 

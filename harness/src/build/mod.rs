@@ -26,6 +26,7 @@ pub mod progress;
 mod source;
 mod sources;
 pub mod toolchain;
+mod variants;
 
 pub use cache::Cache;
 pub use error::BuildError;
@@ -35,3 +36,4 @@ pub use pins::Pins;
 pub use prepare::{Builder, Request};
 pub use progress::Progress;
 pub use sources::MIRROR_VARIABLE;
+pub use variants::Stack;

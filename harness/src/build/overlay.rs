@@ -64,8 +64,8 @@ impl<'a> Overlay<'a> {
             }
         }
         fs::create_dir_all(&made).on("create", &made)?;
-        for patch in patches {
-            patch.apply(&made, self.onto)?;
+        for (index, patch) in patches.iter().enumerate() {
+            patch.apply(&made, self.onto, patches.get(..index).unwrap_or_default())?;
         }
         state.patches = None;
         self.save(&state)?;
@@ -184,6 +184,7 @@ fn copy(source: &Path, dest: &Path) -> Result<(), BuildError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::build::patches::Origin;
     use std::slice::from_ref;
     use std::time::SystemTime;
 
@@ -233,7 +234,7 @@ mod tests {
     fn patch(dir: &Path, name: &str, diff: &str) -> Patch {
         let file = dir.join(name);
         fs::write(&file, diff).expect("write");
-        Patch::read(&file).expect("a patch")
+        Patch::read(&file, Origin::User).expect("a patch")
     }
 
     const A: &str = "--- a/mm/a.c\n+++ b/mm/a.c\n@@ -1,3 +1,3 @@\n one\n-two\n+zwei\n three\n";

@@ -1,22 +1,59 @@
 //! Patches: the driver's abstractions, the variant's, and the user's own.
 
+mod mailbox;
+mod reject;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 use std::process::Command;
 
+use serde::{Deserialize, Serialize};
+
 use super::error::IoContext;
-use super::process::{capture, which};
 use super::{BuildError, Cache, hash};
 
-/// Lines of git's complaint that an error quotes.
-const DETAIL_LINES: usize = 24;
+/// A file of the user's with patches.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum UserPatch {
+    /// `--patch`: a diff, or a mail with one.
+    Patch(PathBuf),
+    /// `--mbox`: a mailbox with a series.
+    Mailbox(PathBuf),
+}
+
+impl UserPatch {
+    /// The file.
+    pub fn file(&self) -> &Path {
+        let (Self::Patch(file) | Self::Mailbox(file)) = self;
+        file
+    }
+
+    /// The file's name, by which the patch is known from then on.
+    pub fn name(&self) -> String {
+        file_name(self.file())
+    }
+}
+
+/// Where a patch comes from, and so who can do something about it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Origin {
+    /// `guest-driver/patches`: what the driver stands on.
+    Abstraction,
+    /// The fix candidate of this name.
+    Variant(String),
+    /// `--patch` or `--mbox`.
+    User,
+}
 
 /// One patch, in memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Patch {
-    /// Its file's name, or the subject of its mail.
+    /// Its file's name, or that of its mailbox with number and subject of the mail.
     pub name: String,
+    /// Who asked for it.
+    pub origin: Origin,
     /// Checksum of its text.
     pub sha256: String,
     text: Vec<u8>,
@@ -25,12 +62,11 @@ pub struct Patch {
 
 impl Patch {
     /// Reads a patch of this project, which is in UTF-8 and has one mail a file.
-    pub fn read(path: &Path) -> Result<Self, BuildError> {
-        let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
-        Self::new(name, fs::read(path).on("read", path)?)
+    pub fn read(path: &Path, origin: Origin) -> Result<Self, BuildError> {
+        Self::new(file_name(path), origin, fs::read(path).on("read", path)?)
     }
 
-    fn new(name: String, text: Vec<u8>) -> Result<Self, BuildError> {
+    fn new(name: String, origin: Origin, text: Vec<u8>) -> Result<Self, BuildError> {
         let files = touched(&String::from_utf8_lossy(&text));
         let is_inside = |file: &PathBuf| file.components().all(|c| matches!(c, Component::Normal(_)));
         if let Some(file) = files.iter().find(|f| !is_inside(f)) {
@@ -40,9 +76,11 @@ impl Patch {
             )));
         }
         if files.is_empty() {
-            return Err(BuildError::Usage(format!("{name} holds no patch")));
+            return Err(BuildError::Usage(format!(
+                "{name} holds no patch: none with a/ and b/ in front of its paths, as `git diff` makes them"
+            )));
         }
-        Ok(Self { name, sha256: hash::bytes(&text), text, files })
+        Ok(Self { name, origin, sha256: hash::bytes(&text), text, files })
     }
 
     /// Files that it changes, makes or removes, relative to the source tree.
@@ -55,9 +93,9 @@ impl Patch {
         self.files.iter().any(|file| file.extension().is_none_or(|e| e != "c"))
     }
 
-    /// Applies it to the files in `dir`, which holds at least those that it touches. On failure what is in `dir` is
-    /// of no use any more.
-    pub(super) fn apply(&self, dir: &Path, onto: &str) -> Result<(), BuildError> {
+    /// Applies it to the files in `dir`, which holds at least those that it touches. `onto` names the kernel, `before`
+    /// is what has been applied. On failure what is in `dir` is of no use any more.
+    pub(super) fn apply(&self, dir: &Path, onto: &str, before: &[Self]) -> Result<(), BuildError> {
         let file = dir.with_extension("patch");
         fs::write(&file, &self.text).on("write", &file)?;
         let mut command = git(dir);
@@ -70,15 +108,71 @@ impl Patch {
             return Ok(());
         }
         let said = String::from_utf8_lossy(&output.stderr);
+        // The abstractions come first and are always there: they are part of what it is applied to.
+        let rivals: Vec<_> = before
+            .iter()
+            .filter(|p| p.origin != Origin::Abstraction && !p.files.is_disjoint(&self.files))
+            .map(|p| p.name.as_str())
+            .collect();
         Err(BuildError::Patch {
             name: self.name.clone(),
-            onto: onto.to_owned(),
-            detail: said.lines().take(DETAIL_LINES).collect::<Vec<_>>().join("\n"),
+            onto: match rivals.is_empty() {
+                true => onto.to_owned(),
+                false => format!("{onto} with {}", rivals.join(", ")),
+            },
+            detail: reject::report(dir, &self.files, &said),
+            advice: self.advice(onto, !rivals.is_empty()),
+            origin: self.origin.clone(),
         })
+    }
+
+    /// What to do when it does not apply.
+    fn advice(&self, onto: &str, has_rivals: bool) -> String {
+        match (&self.origin, has_rivals) {
+            (Origin::Abstraction, _) => format!(
+                "the driver needs this patch, and it was made for another kernel than {onto}: take a kernel of \
+                 `hmmstorm list kernels`, or one closer to it"
+            ),
+            (Origin::Variant(name), true) => format!(
+                "{name} and what comes before it change the same code: leave one of them out, or give a patch that \
+                 does both with --patch"
+            ),
+            (Origin::Variant(name), false) => {
+                format!("{name} was made for another kernel than {onto}: rebase it, and give it with --patch")
+            }
+            (Origin::User, true) => format!(
+                "rebase it onto {onto} with these patches, or try it without them (without --variant it meets the \
+                 stock kernel)"
+            ),
+            (Origin::User, false) => {
+                format!("rebase it onto {onto}, or give the tree that it fits with --tree")
+            }
+        }
     }
 }
 
-/// Every `*.patch` of a folder, in the order of their names.
+fn file_name(path: &Path) -> String {
+    path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
+}
+
+/// Fails if a patch is asked for twice, which would only show as one that does not apply.
+pub(super) fn no_doubles(patches: &[Patch]) -> Result<(), BuildError> {
+    for (index, patch) in patches.iter().enumerate() {
+        let Some(first) = patches.iter().take(index).find(|p| p.sha256 == patch.sha256) else { continue };
+        let of = match &first.origin {
+            Origin::Variant(name) => format!(", which is part of variant {name}"),
+            Origin::Abstraction => ", which the driver needs anyway".to_owned(),
+            Origin::User => String::new(),
+        };
+        return Err(BuildError::Usage(format!(
+            "{} is the same patch as {}{of}: leave one of them out",
+            patch.name, first.name
+        )));
+    }
+    Ok(())
+}
+
+/// The driver's abstractions: every `*.patch` of a folder, in the order of their names.
 pub(super) fn series(dir: &Path) -> Result<Vec<Patch>, BuildError> {
     let mut files = Vec::new();
     match fs::read_dir(dir) {
@@ -92,51 +186,23 @@ pub(super) fn series(dir: &Path) -> Result<Vec<Patch>, BuildError> {
     }
     files.retain(|f| f.extension().is_some_and(|e| e == "patch"));
     files.sort();
-    files.iter().map(|f| Patch::read(f)).collect()
+    files.iter().map(|f| Patch::read(f, Origin::Abstraction)).collect()
 }
 
-/// The patches of a user's file: a plain diff, or a mailbox with one or more patches in whatever encoding.
-pub(super) fn user(file: &Path, cache: &Cache) -> Result<Vec<Patch>, BuildError> {
+/// The patches of a file that the user gave: of `--patch`, a diff or a mail; of `--mbox`, a mailbox.
+pub(super) fn user(given: &UserPatch, cache: &Cache) -> Result<Vec<Patch>, BuildError> {
+    let file = given.file();
     let text = fs::read(file)
         .map_err(|e| BuildError::Usage(format!("cannot read the patch {}: {e}", file.display())))?;
-    let name = file.file_name().unwrap_or(file.as_os_str()).to_string_lossy().into_owned();
-    if !text.starts_with(b"From ") {
-        return Ok(vec![Patch::new(name, text)?]);
+    let name = given.name();
+    match (given, mailbox::is_mailbox(&text)) {
+        // Also a single mail may be encoded.
+        (_, true) => mailbox::patches(file, &name, &Origin::User, cache),
+        (UserPatch::Patch(_), false) => Ok(vec![Patch::new(name, Origin::User, text)?]),
+        (UserPatch::Mailbox(_), false) => Err(BuildError::Usage(format!(
+            "{name} is no mailbox: no line `From ...` begins it; give a plain diff with --patch"
+        ))),
     }
-    if which("git").is_none() {
-        return Err(BuildError::Tool {
-            tool: "git".into(),
-            reason: "is needed to take a mailbox apart".into(),
-        });
-    }
-    let scratch = cache.scratch()?;
-    let dir = scratch.path();
-    let mut split = git(dir);
-    split
-        .arg("mailsplit")
-        .arg(format!("-o{}", dir.display()))
-        .arg(std::path::absolute(file).on("find", file)?);
-    let count: usize = capture(&mut split)?.parse().unwrap_or(0);
-    let mut patches = Vec::new();
-    for number in 1..=count {
-        let mail = dir.join(format!("{number:04}"));
-        let (message, diff) = (dir.join("message"), dir.join("diff"));
-        let mut info = git(dir);
-        info.arg("mailinfo").args([&message, &diff]);
-        info.stdin(fs::File::open(&mail).on("open", &mail)?);
-        let output = info.output().on("take apart", file)?;
-        let headers = String::from_utf8_lossy(&output.stdout).into_owned();
-        let subject = headers.lines().find_map(|l| l.strip_prefix("Subject: ")).unwrap_or("no subject");
-        let text = fs::read(&diff).on("read", &diff)?;
-        if text.is_empty() {
-            continue; // a cover letter, or an answer
-        }
-        patches.push(Patch::new(format!("{name}, mail {number} ({subject})"), text)?);
-    }
-    if patches.is_empty() {
-        return Err(BuildError::Usage(format!("{name} holds no patch")));
-    }
-    Ok(patches)
 }
 
 /// git in a folder that is no repository, whatever is above it.
@@ -199,45 +265,73 @@ mod tests {
         diff --git a/mm/x.c b/mm/x.c\n--- a/mm/x.c\n+++ b/mm/x.c\n@@ -1,3 +1,3 @@\n first\n--- a/not/a/file\n\
         +++ b/nor/this\n last\n-- \n2.47\n";
 
+    fn patch(text: String) -> Result<Patch, BuildError> {
+        Patch::new("a.patch".into(), Origin::User, text.into())
+    }
+
     #[test]
     fn headers_are_told_from_code() {
-        let patch = Patch::new("p".into(), MAIL.into()).expect("a patch");
-        assert_eq!(patch.files().iter().collect::<Vec<_>>(), [Path::new("mm/x.c")]);
-        assert!(!patch.concerns_modules());
-        let header =
-            Patch::new("p".into(), MAIL.replace("mm/x.c", "include/linux/x.h").into()).expect("a patch");
+        let code = patch(MAIL.into()).expect("a patch");
+        assert_eq!(code.files().iter().collect::<Vec<_>>(), [Path::new("mm/x.c")]);
+        assert!(!code.concerns_modules());
+        let header = patch(MAIL.replace("mm/x.c", "include/linux/x.h")).expect("a patch");
         assert!(header.concerns_modules());
     }
 
     #[test]
-    fn reject_names_patch_file_and_hunk() {
+    fn reject_names_patch_file_hunk_rival_and_what_to_do() {
         let dir = tempfile::tempdir().expect("temporary folder");
         let tree = dir.path().join("tree");
         fs::create_dir_all(tree.join("mm")).expect("folder");
         fs::write(tree.join("mm/x.c"), "first\nother\nlast\n").expect("write");
-        let patch = Patch::new("a.patch".into(), MAIL.into()).expect("a patch");
-        let text = patch.apply(&tree, "kernel 1").expect_err("it does not fit").to_string();
-        for part in ["a.patch", "kernel 1", "mm/x.c:1", "hunk #1"] {
+        let mine = patch(MAIL.into()).expect("a patch");
+        let rival =
+            Patch { name: "rival.patch".into(), origin: Origin::Variant("rival".into()), ..mine.clone() };
+        let elsewhere = Patch { name: "elsewhere.patch".into(), files: BTreeSet::new(), ..rival.clone() };
+        let error = mine.apply(&tree, "kernel 1", &[rival, elsewhere]).expect_err("it does not fit");
+        let text = error.to_string();
+        for part in
+            ["a.patch", "kernel 1 with rival.patch:", "mm/x.c:1: this hunk", "+++ b/nor/this", "rebase it"]
+        {
             assert!(text.contains(part), "{part} is not in: {text}");
         }
+        assert!(matches!(error.into_cli(), crate::cli::Error::Usage(_)), "the user can mend it");
     }
 
     #[test]
     fn patches_stay_in_the_tree() {
-        let outside = Patch::new("p".into(), MAIL.replace("mm/x.c", "../x.c").into());
-        assert!(matches!(outside, Err(BuildError::Usage(_))));
-        assert!(Patch::new("p".into(), b"hello\n".to_vec()).is_err());
+        assert!(matches!(patch(MAIL.replace("mm/x.c", "../x.c")), Err(BuildError::Usage(_))));
+        assert!(patch("hello\n".into()).is_err());
     }
 
     #[test]
-    fn mailbox_of_two() {
+    fn doubles_are_refused_by_content() {
+        let mine = patch(MAIL.into()).expect("a patch");
+        let variant = Patch { name: "v.patch".into(), origin: Origin::Variant("v".into()), ..mine.clone() };
+        let other = patch(MAIL.replace("mm/x.c", "mm/y.c")).expect("a patch");
+        assert!(no_doubles(&[mine.clone(), other]).is_ok());
+        let text = no_doubles(&[variant, mine]).expect_err("twice").to_string();
+        assert!(text.contains("a.patch") && text.contains("part of variant v"), "{text}");
+    }
+
+    #[test]
+    fn a_patch_may_be_a_mail_and_a_mailbox_must_be() {
         let dir = tempfile::tempdir().expect("temporary folder");
         let cache = Cache::open(&dir.path().join("cache")).expect("cache");
-        let file = dir.path().join("x.mbox");
-        fs::write(&file, format!("{MAIL}\n{}", MAIL.replace("mm/x.c", "mm/y.c").replace("one", "two")))
+        let [mail, diff] = ["mail.patch", "diff.patch"].map(|name| dir.path().join(name));
+        fs::write(&mail, MAIL).expect("write");
+        fs::write(&diff, MAIL.split_once("\n\ndiff").map(|(_, d)| format!("diff{d}")).expect("diff"))
             .expect("write");
-        let patches = user(&file, &cache).expect("two patches");
-        assert_eq!(patches.len(), 2);
-        assert!(patches.iter().any(|p| p.name.contains("mail 2 (two)")), "{patches:?}");
+        for file in [&mail, &diff] {
+            let patches = user(&UserPatch::Patch(file.clone()), &cache).expect("a patch");
+            assert_eq!(patches.len(), 1);
+            assert_eq!(patches[0].name, file_name(file));
+            assert_eq!(patches[0].origin, Origin::User);
+        }
+        assert_eq!(user(&UserPatch::Mailbox(mail), &cache).expect("a mail").len(), 1);
+        let error = user(&UserPatch::Mailbox(diff), &cache).expect_err("no mailbox").to_string();
+        assert!(error.contains("--patch"), "{error}");
+        let none = UserPatch::Patch(dir.path().join("none"));
+        assert!(matches!(user(&none, &cache), Err(BuildError::Usage(_))));
     }
 }

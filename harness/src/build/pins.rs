@@ -364,6 +364,6 @@ mod tests {
     fn unknown_name_lists_what_there_is() {
         let pins = Pins::load(repo()).expect("data files");
         let error = pins.variant(Some("wait-on-lock")).expect_err("unknown");
-        assert!(error.to_string().contains("trylock, wait-on-locked"), "{error}");
+        assert!(error.to_string().contains("trylock, ref-no-lock"), "{error}");
     }
 }

@@ -11,13 +11,13 @@ use super::image::{AppliedPatch, Image, Provenance};
 use super::initramfs::{self, Content};
 use super::kernel::{Built, LiveTree, Recipe, strip};
 use super::module::{self, DRIVER};
-use super::patches::{self, Patch};
+use super::patches::{self, UserPatch};
 use super::pins::Part;
 use super::process::{Job, guarded};
 use super::progress::Unit;
 use super::source::{self, Source};
 use super::toolchain::{self, KernelTools, Qemu};
-use super::{BuildError, Cache, Pins, Progress, drgn};
+use super::{BuildError, Cache, Pins, Progress, Stack, drgn};
 use crate::cli::{Context, ImageArgs};
 use crate::judge::structures::Reader;
 
@@ -28,10 +28,10 @@ pub struct Request {
     pub kernel: Option<String>,
     /// Kernel source tree of the user's, instead; the abstractions are then those of `kernel`.
     pub tree: Option<PathBuf>,
-    /// Fix candidate.
+    /// Fix candidate, or several joined by `+`.
     pub variant: Option<String>,
-    /// The user's own patches and mailboxes, on top.
-    pub patches: Vec<PathBuf>,
+    /// The user's own patches and mailboxes, on top, in order of application.
+    pub patches: Vec<UserPatch>,
     /// Kind of build.
     pub flavour: Option<String>,
 }
@@ -42,7 +42,13 @@ impl From<&ImageArgs> for Request {
             kernel: args.kernel.clone(),
             tree: args.tree.clone(),
             variant: args.variant.clone(),
-            patches: args.mbox.clone(),
+            patches: args
+                .patch
+                .iter()
+                .cloned()
+                .map(UserPatch::Patch)
+                .chain(args.mbox.iter().cloned().map(UserPatch::Mailbox))
+                .collect(),
             flavour: args.flavour.clone(),
         }
     }
@@ -157,14 +163,25 @@ impl Builder {
         let pins = &self.pins;
         let kernel = pins.kernel(request.kernel.as_deref())?.clone();
         let flavour = pins.flavour(request.flavour.as_deref())?.clone();
-        let variant = pins.variant(request.variant.as_deref())?;
+        let stack = Stack::parse(request.variant.as_deref(), pins)?;
         let mut patches = patches::series(&pins.repo.join(&kernel.patches))?;
-        for file in &variant.patches {
-            patches.push(Patch::read(&pins.repo.join("images/variants").join(file))?);
+        patches.extend(stack.patches(&pins.repo.join("images/variants"))?);
+        let mut variant = stack.name();
+        for given in &request.patches {
+            let own = patches::user(given, &self.cache)?;
+            variant = format!("{variant}+{}", given.name());
+            for patch in &own {
+                let patched = patch.files().iter().map(|f| f.display().to_string()).collect::<Vec<_>>();
+                self.progress.note(format_args!(
+                    "with {} (SHA-256 {:.12}...): {}",
+                    patch.name,
+                    patch.sha256,
+                    patched.join(", ")
+                ));
+            }
+            patches.extend(own);
         }
-        for file in &request.patches {
-            patches.extend(patches::user(file, &self.cache)?);
-        }
+        patches::no_doubles(&patches)?;
         let images = pins.repo.join("images");
         let mut fragments = Vec::new();
         for fragment in &flavour.config {
@@ -175,8 +192,6 @@ impl Builder {
             Some(dir) => Source::tree(dir)?,
             None => Source::Pinned(kernel.clone()),
         };
-        let own = if request.patches.is_empty() { "" } else { "+own" };
-        let variant = format!("{}{own}", variant.name);
         Ok(Recipe { source, kernel, flavour, variant, patches, fragments })
     }
 
@@ -198,7 +213,11 @@ impl Builder {
             patches: recipe
                 .patches
                 .iter()
-                .map(|p| AppliedPatch { name: p.name.clone(), sha256: p.sha256.clone() })
+                .map(|p| AppliedPatch {
+                    name: p.name.clone(),
+                    origin: Some(p.origin.clone()),
+                    sha256: p.sha256.clone(),
+                })
                 .collect(),
             variant: recipe.variant.clone(),
             flavour: recipe.flavour.name.clone(),
@@ -220,7 +239,7 @@ impl Builder {
         for (name, file) in &modules {
             key = key.with(name, file.as_os_str().as_encoded_bytes());
         }
-        let name = format!("{}-{}-{}", recipe.source.name(), recipe.variant, key.short());
+        let name = format!("{}-{}-{}", recipe.source.name(), recipe.slug(), key.short());
         let dest = self.cache.path("images").join(name);
         self.cache.publish(&dest, |dir| {
             let scratch = self.cache.scratch()?;

@@ -15,10 +15,13 @@ pub struct ImageArgs {
     /// Kernel source tree of your own
     #[arg(long, value_name = "DIR", conflicts_with = "image")]
     pub tree: Option<PathBuf>,
-    /// Patch or mbox to apply on top; may be given several times
+    /// Patch to apply on top of the variant, a diff or a mail; may be given several times, applied in order
+    #[arg(long, value_name = "FILE", conflicts_with = "image")]
+    pub patch: Vec<PathBuf>,
+    /// Mailbox with a series to apply on top, after every --patch; may be given several times
     #[arg(long, value_name = "FILE", conflicts_with = "image")]
     pub mbox: Vec<PathBuf>,
-    /// Fix candidate to apply (`hmmstorm list variants`)
+    /// Fix candidate to apply (`hmmstorm list variants`), or several as A+B, applied in this order
     #[arg(long, value_name = "NAME", conflicts_with = "image")]
     pub variant: Option<String>,
     /// Kind of build (`hmmstorm list flavours`)

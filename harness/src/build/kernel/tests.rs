@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::build::module;
-use crate::build::patches::Patch;
+use crate::build::patches::{Origin, Patch};
 
 const MAKEFILE: &str = r#"
 all:
@@ -99,7 +99,7 @@ impl Bench {
         let patch = |(number, diff): (usize, &&str)| {
             let file = self.patches.join(format!("{variant}-{number}.patch"));
             fs::write(&file, diff).expect("write");
-            Patch::read(&file).expect("a patch")
+            Patch::read(&file, Origin::User).expect("a patch")
         };
         Recipe {
             source: Source::tree(&self.tree).expect("tree"),
