@@ -8,14 +8,18 @@ use std::ffi::CString;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
-use hmmstorm_abi::wire::event::{Event, Progress};
+use hmmstorm_abi::uapi;
+use hmmstorm_abi::wire::event::{Event, Measured, Progress};
 use serde::{Deserialize, Serialize};
 
+use crate::measure::{self, Meter};
 use crate::oracle::Mismatch;
 use crate::sys::memory::Mapping;
 
-/// Cells of a worker's slot: one page, so that no two workers share one.
+/// Cells of the first page of a worker's slot.
 const SLOT: usize = 512;
+/// Pages of a worker's slot, so that no two workers share one: counts and finding, then what it measures.
+const SLOT_PAGES: usize = 1 + measure::CELLS.div_ceil(SLOT);
 
 const BEGUN: usize = 0;
 const COMPLETED: usize = 1;
@@ -70,7 +74,7 @@ impl Finding {
 /// The board of one run.
 #[derive(Debug)]
 pub(crate) struct Board {
-    /// Page 0: the round. Then one page a worker.
+    /// Page 0: the round. Then [`SLOT_PAGES`] a worker.
     memory: Mapping,
     workers: usize,
 }
@@ -81,7 +85,7 @@ impl Board {
     /// # Errors
     /// Of `mmap`.
     pub(crate) fn new(workers: usize) -> rustix::io::Result<Self> {
-        let memory: Mapping = Mapping::shared(workers + 1)?;
+        let memory: Mapping = Mapping::shared(1 + workers * SLOT_PAGES)?;
         // Every page exists before the run: nobody's first count allocates one at an awkward moment.
         for page in 0..memory.pages() {
             memory.page(page)[0].store(0, Relaxed);
@@ -104,7 +108,9 @@ impl Board {
     /// If there is no such worker.
     pub(crate) fn slot(&self, index: usize) -> Slot<'_> {
         assert!(index < self.workers);
-        Slot(self.memory.page(index + 1))
+        let first = (1 + index * SLOT_PAGES) * SLOT;
+        let (counts, measures) = self.memory.cells()[first..first + SLOT_PAGES * SLOT].split_at(SLOT);
+        Slot { counts, meter: Meter::new(measures) }
     }
 
     /// Where everything stands.
@@ -112,19 +118,24 @@ impl Board {
         let mut progress = Progress { round: self.round_cell().load(Relaxed), ..Progress::default() };
         for slot in (0..self.workers).map(|i| self.slot(i)) {
             // Completed first: a worker's begun is never behind it.
-            let completed = slot.0[COMPLETED].load(Acquire);
+            let completed = slot.counts[COMPLETED].load(Acquire);
             progress.operations += completed;
-            progress.faults += slot.0[FAULTS].load(Relaxed);
+            progress.faults += slot.counts[FAULTS].load(Relaxed);
             progress.outstanding += u32::from(slot.begun() > completed);
             progress.workers.push(completed);
-            progress.pids.push(slot.0[PID].load(Relaxed) as u32);
+            progress.pids.push(slot.counts[PID].load(Relaxed) as u32);
         }
         progress
     }
 
+    /// What the workers measured so far.
+    pub(crate) fn measured(&self) -> Measured {
+        measure::sum((0..self.workers).map(|i| self.slot(i).meter))
+    }
+
     /// Whether a worker has a finding.
     pub(crate) fn has_finding(&self) -> bool {
-        (0..self.workers).any(|i| self.slot(i).0[FINDING_STATE].load(Acquire) == WRITTEN)
+        (0..self.workers).any(|i| self.slot(i).counts[FINDING_STATE].load(Acquire) == WRITTEN)
     }
 
     /// The findings, by worker index.
@@ -135,54 +146,73 @@ impl Board {
 
 /// One worker's place on the board.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Slot<'a>(&'a [AtomicU64]);
+pub(crate) struct Slot<'a> {
+    counts: &'a [AtomicU64],
+    meter: Meter<'a>,
+}
 
 impl Slot<'_> {
     /// Notes that the calling task works here now, and gives it `name`, which the kernel's reports will show.
     pub(crate) fn enter(self, name: &str) {
-        self.0[PID].store(rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned().into(), Relaxed);
+        self.counts[PID]
+            .store(rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned().into(), Relaxed);
         // The kernel keeps the first 15 bytes. A task without its name works as well.
         let _named = CString::new(name).map(|name| rustix::thread::set_name(&name));
+        self.meter.enter();
     }
 
     /// Notes that an operation begins.
     pub(crate) fn begin(self) {
-        self.0[BEGUN].store(self.begun() + 1, Release);
+        self.counts[BEGUN].store(self.begun() + 1, Release);
+        self.meter.begin();
+    }
+
+    /// Notes that the operation that began has its result, which is checked next: its latency ends here. Without this it
+    /// ends with [`Slot::complete`].
+    pub(crate) fn returned(self) {
+        self.meter.returned();
+    }
+
+    /// Notes what came of a migration of `pages` pages.
+    pub(crate) fn migrated(self, pages: usize, answer: &uapi::Migrate) {
+        self.meter.migrated(pages, answer);
     }
 
     /// Notes that the operation that began is complete and right, and how many resolved device faults that makes.
     pub(crate) fn complete(self, faults: u64) {
-        self.0[FAULTS].store(self.0[FAULTS].load(Relaxed) + faults, Relaxed);
-        self.0[COMPLETED].store(self.begun(), Release);
+        self.meter.complete(faults);
+        self.counts[FAULTS].store(self.counts[FAULTS].load(Relaxed) + faults, Relaxed);
+        self.counts[COMPLETED].store(self.begun(), Release);
     }
 
     /// Operations begun.
     pub(crate) fn begun(self) -> u64 {
-        self.0[BEGUN].load(Acquire)
+        self.counts[BEGUN].load(Acquire)
     }
 
     /// Posts `finding`. The first one stays; a text that does not fit is cut.
     pub(crate) fn post(self, finding: &Finding) {
-        if self.0[FINDING_STATE].compare_exchange(NONE, WRITING, Acquire, Relaxed).is_err() {
+        if self.counts[FINDING_STATE].compare_exchange(NONE, WRITING, Acquire, Relaxed).is_err() {
             return;
         }
         let text = to_json(finding);
-        for (cell, chunk) in self.0[FINDING_TEXT..].iter().zip(text.as_bytes().chunks(size_of::<u64>())) {
+        for (cell, chunk) in self.counts[FINDING_TEXT..].iter().zip(text.as_bytes().chunks(size_of::<u64>()))
+        {
             let mut bytes = [0; size_of::<u64>()];
             bytes[..chunk.len()].copy_from_slice(chunk);
             cell.store(u64::from_ne_bytes(bytes), Relaxed);
         }
-        self.0[FINDING_LENGTH].store(text.len() as u64, Relaxed);
-        self.0[FINDING_STATE].store(WRITTEN, Release);
+        self.counts[FINDING_LENGTH].store(text.len() as u64, Relaxed);
+        self.counts[FINDING_STATE].store(WRITTEN, Release);
     }
 
     fn finding(self) -> Option<Finding> {
-        if self.0[FINDING_STATE].load(Acquire) != WRITTEN {
+        if self.counts[FINDING_STATE].load(Acquire) != WRITTEN {
             return None;
         }
-        let length = (self.0[FINDING_LENGTH].load(Relaxed) as usize).min(FINDING_BYTES);
+        let length = (self.counts[FINDING_LENGTH].load(Relaxed) as usize).min(FINDING_BYTES);
         let mut bytes: Vec<u8> =
-            self.0[FINDING_TEXT..].iter().flat_map(|cell| cell.load(Relaxed).to_ne_bytes()).collect();
+            self.counts[FINDING_TEXT..].iter().flat_map(|cell| cell.load(Relaxed).to_ne_bytes()).collect();
         bytes.truncate(length);
         Some(serde_json::from_slice(&bytes).unwrap_or_else(|e| {
             Finding::Failure(format!(

@@ -8,6 +8,7 @@ mod cmdline;
 mod gpu;
 mod init;
 mod machine;
+mod measure;
 mod oracle;
 mod rng;
 mod scenario;

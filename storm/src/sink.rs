@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 
-use hmmstorm_abi::wire::event::{Event, Progress, Record};
+use hmmstorm_abi::wire::event::{Event, Measured, Progress, Record};
 
 use crate::clock::monotonic_ns;
 
@@ -91,6 +91,7 @@ fn render(event: &Event, terminal: bool) -> String {
             text
         }
         Event::Error { message } => format!("{clear}storm: {message}\n"),
+        Event::Measured(measured) => format!("{clear}{}", describe_measured(measured)),
         Event::Hello { .. } | Event::Bound { .. } | Event::Bye => String::new(),
     }
 }
@@ -98,6 +99,18 @@ fn render(event: &Event, terminal: bool) -> String {
 fn describe(progress: &Progress) -> String {
     let Progress { round, operations, faults, outstanding, .. } = progress;
     format!("round {round}, {operations} operations, {faults} device faults, {outstanding} outstanding")
+}
+
+fn describe_measured(measured: &Measured) -> String {
+    let Measured { latency_ns, resolved, mm_faults, unswitched_ns, .. } = measured;
+    let timed: u64 = latency_ns.iter().map(|(_, count)| count).sum();
+    let longest = latency_ns.last().map_or(0, |(value, _)| *value);
+    format!(
+        "{timed} operations with faults, the longest of {} us; {mm_faults} tries for {resolved} faults; \
+         a CPU was kept for {} us at most\n",
+        longest / 1000,
+        unswitched_ns / 1000
+    )
 }
 
 #[cfg(test)]

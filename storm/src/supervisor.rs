@@ -23,6 +23,9 @@ use crate::sys::process::{PANICKED, block_signals, fork, unblock_signals, wait_s
 /// Guest time between two heartbeats unless the host asks for another.
 pub(crate) const HEARTBEAT: Duration = Duration::from_millis(500);
 
+/// Heartbeats without a completed operation after which it is told what was measured before.
+const STILL_BEATS: u32 = 4;
+
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Outcome {
@@ -114,6 +117,7 @@ pub(crate) fn supervise(
         Ok(worst)
     };
 
+    let (mut operations, mut still) = (0, 0);
     let mut next = monotonic_ns() + heartbeat.as_nanos() as u64;
     loop {
         let left = Duration::from_nanos(next.saturating_sub(monotonic_ns()));
@@ -139,7 +143,13 @@ pub(crate) fn supervise(
             });
         }
         if monotonic_ns() >= next {
-            emit(Event::Progress(board.progress()))?;
+            let progress = board.progress();
+            still = if progress.operations > operations { 0 } else { still + 1 };
+            operations = progress.operations;
+            emit(Event::Progress(progress))?;
+            if still == STILL_BEATS {
+                emit(Event::Measured(board.measured()))?;
+            }
             // The next beat that is still to come: a late one is not made up for by two.
             while next <= monotonic_ns() {
                 next += heartbeat.as_nanos() as u64;
@@ -205,6 +215,7 @@ fn run(
     for event in wrong {
         sink.emit(event)?;
     }
+    sink.emit(Event::Measured(board.measured()))?;
     sink.emit(Event::Done { progress, elapsed_ns, stats: stats.iter().map(gpu::named).collect() })?;
     Ok(outcome)
 }

@@ -93,6 +93,9 @@ pub enum Event {
         /// What was expected and what was found.
         detail: String,
     },
+    /// What the workers measured so far: before [`Event::Done`], and whenever nothing has completed for a while, since a
+    /// guest that hangs says nothing more.
+    Measured(Measured),
     /// The scenario ended by itself.
     Done {
         /// Operations and faults at the end.
@@ -126,4 +129,37 @@ pub struct Progress {
     pub workers: Vec<u64>,
     /// Thread or process id of each worker, as the kernel's reports name it.
     pub pids: Vec<u32>,
+}
+
+/// What the workers of a scenario measured, all of them together.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Measured {
+    /// How long operations took that resolved at least one fault on a device page, from the call to its return: pairs of
+    /// nanoseconds and count, ascending. Values are the lower ends of HdrHistogram's buckets of two significant digits.
+    pub latency_ns: Vec<(u64, u64)>,
+    /// Faults that these operations resolved.
+    pub resolved: u64,
+    /// Calls of `handle_mm_fault()` that these operations took, of their own task alone: what is more than `resolved` was
+    /// tried again.
+    pub mm_faults: u64,
+    /// Longest time, nanoseconds, through which a worker is known to have kept its CPU: between two looks at its context
+    /// switches that found no new one.
+    pub unswitched_ns: u64,
+    /// What was asked of migrations.
+    pub migrations: Migrations,
+}
+
+/// Migrations that the workers asked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Migrations {
+    /// Calls of `migrate_vma_setup()`.
+    pub attempts: u64,
+    /// Pages in their ranges.
+    pub pages: u64,
+    /// Of these, pages that were collected, isolated and unmapped.
+    pub collected: u64,
+    /// Of these, pages that moved.
+    pub migrated: u64,
 }

@@ -212,7 +212,8 @@ impl<'a> Worker<'a> {
 
     fn migrate(&self, piece: usize) -> Result<(), WorkError> {
         self.begin()?;
-        self.gpu.migrate_here(self.span(piece)?, SELECT_SYSTEM)?;
+        let answer = self.gpu.migrate_here(self.span(piece)?, SELECT_SYSTEM)?;
+        self.slot.migrated(PIECE, &answer);
         self.slot.complete(0);
         Ok(())
     }
@@ -230,6 +231,7 @@ impl<'a> Worker<'a> {
     fn read_by_gpu(&self, piece: usize) -> Result<(), WorkError> {
         self.begin()?;
         let access = self.gpu.read(self.span(piece)?, &self.buffer, Owner::Own)?;
+        self.slot.returned();
         for i in 0..PIECE {
             self.stamp(piece * PIECE + i)
                 .check(self.buffer.page(i))

@@ -4,3 +4,4 @@
 pub(crate) mod ioctl;
 pub(crate) mod memory;
 pub(crate) mod process;
+pub(crate) mod usage;

@@ -172,6 +172,7 @@ impl<'a> Reading<'a> {
             mapping.span(page..page + 1).ok_or_else(|| WorkError::Condition(format!("no page {page}")))?;
         slot.begin();
         let access = self.gpu.read(span, &self.buffer, self.owner)?;
+        slot.returned();
         Stamp { seed: *seed, page: page as u64, generation: *generation }
             .check(self.buffer.page(0))
             .map_err(WorkError::seen(format!("read by GPU {}", self.gpu.index())))?;

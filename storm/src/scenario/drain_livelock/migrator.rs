@@ -233,7 +233,8 @@ impl Migrator<'_> {
         let range = self.scenario.device_pages();
         for _ in 0..PREPARE_TRIES {
             self.slot.begin();
-            self.gpu.migrate_here(self.span(range.clone())?, SELECT_SYSTEM)?;
+            let answer = self.gpu.migrate_here(self.span(range.clone())?, SELECT_SYSTEM)?;
+            self.slot.migrated(range.len(), &answer);
             self.slot.complete(0);
             if self.gpu.holds(self.span(range.clone())?)? == range.len() {
                 return Ok(());
@@ -279,6 +280,7 @@ impl Migrator<'_> {
         let range = self.span(0..self.scenario.pages)?;
         self.slot.begin();
         let done = self.gpu.migrate_here(range, SELECT_SYSTEM | SELECT_DEVICE_PRIVATE)?;
+        self.slot.migrated(range.pages(), &done);
         self.slot.complete(0);
         if done.calls != 1 {
             return Err(WorkError::Condition(format!(
