@@ -1,10 +1,11 @@
 //! The bench around the GPU and the guest: fetch, build, boot, watch, judge.
 //!
 //! [`cli`] parses the command line and makes the [`commands::Context`]; each module of [`commands`] is one command.
-//! [`build`] gives a bootable image, [`vm`] runs it, [`judge`] says what happened.
+//! [`build`] gives a bootable image, [`vm`] runs it, [`judge`] says what happened, [`records`] keeps it.
 
 pub mod build;
 pub mod cli;
 pub mod commands;
 pub mod judge;
+pub mod records;
 pub mod vm;

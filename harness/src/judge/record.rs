@@ -11,6 +11,7 @@ use sha2::{Digest, Sha256};
 
 use super::console::Finding;
 use super::cycle::Cycle;
+use super::measures::Measures;
 use super::sampler::{CpuSummary, Mode, Sampler};
 use super::stack::chain;
 use super::structures::Structures;
@@ -24,6 +25,15 @@ pub const SCHEMA: u32 = 1;
 pub struct Record {
     /// [`SCHEMA`].
     pub schema: u32,
+    /// Hash of everything that defines the run ([`crate::records::id`]): in deterministic mode, equal ids have equal logs.
+    #[serde(default)]
+    pub id: String,
+    /// When it began, seconds since 1970.
+    #[serde(default)]
+    pub began: u64,
+    /// Where its files are, seen from the folder of the records file; none in `verdict.json` itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub folder: Option<PathBuf>,
     /// What was asked for.
     pub run: Run,
     /// What `--expect`, or the control, expects; `pass` otherwise.
@@ -47,6 +57,9 @@ pub struct Record {
     pub structures: Option<Structures>,
     /// Where the workload stood at the end.
     pub progress: Totals,
+    /// What was measured on the way.
+    #[serde(default)]
+    pub measures: Measures,
     /// The device's counters at the end, by GPU.
     pub device: Vec<GpuStats>,
     /// The driver's counters at the end, by GPU; empty unless the scenario finished.
@@ -93,6 +106,15 @@ pub struct Run {
     pub seed: u64,
     /// Fault plan of the device.
     pub chaos: Option<String>,
+    /// Memory of the guest, as on the command line.
+    #[serde(default)]
+    pub memory: String,
+    /// Memory of each GPU.
+    #[serde(default)]
+    pub vram: String,
+    /// Further words of the kernel's command line.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub append: Vec<String>,
 }
 
 /// Where the workload stood.

@@ -55,6 +55,7 @@ struct Condition {
 #[derive(Clone, Debug, Deserialize)]
 struct Parameter {
     name: String,
+    default: Value,
     #[serde(flatten)]
     kind: Kind,
 }
@@ -268,6 +269,24 @@ impl Scenario {
         Ok(values)
     }
 
+    /// Every parameter in force: the defaults, and on top what [`Scenario::parameters`] gave. As the storm writes them,
+    /// whatever the user's spelling.
+    #[must_use]
+    pub fn in_force(&self, set: &BTreeMap<String, String>) -> BTreeMap<String, String> {
+        let value = |parameter: &Parameter| {
+            let text = set.get(&parameter.name).cloned().unwrap_or_else(|| parameter.default.text());
+            match (&parameter.kind, text.as_str()) {
+                (Kind::Flag {}, "true") => "1".to_owned(),
+                (Kind::Flag {}, "false") => "0".to_owned(),
+                (Kind::Integer { .. }, digits) => {
+                    digits.parse::<u64>().map_or_else(|_| digits.to_owned(), |n| n.to_string())
+                }
+                _ => text,
+            }
+        };
+        self.parameters.iter().map(|parameter| (parameter.name.clone(), value(parameter))).collect()
+    }
+
     /// Whether a machine of this size can run it.
     pub fn fits(&self, cpus: u32, gpus: u32) -> Result<(), Error> {
         for (what, needed, has) in [("CPUs", self.needs.cpus, cpus), ("GPUs", self.needs.gpus, gpus)] {
@@ -361,6 +380,20 @@ mod tests {
             let error = scenario.parameters(None, std::slice::from_ref(&bad)).expect_err("refused");
             assert!(error.is_usage(), "{bad:?}: {error}");
         }
+    }
+
+    #[test]
+    fn spelling_does_not_change_what_is_in_force() {
+        let scenario = drain();
+        let defaults = scenario.in_force(&BTreeMap::new());
+        assert_eq!(
+            (defaults["rounds"].as_str(), defaults["drained"].as_str(), defaults["order"].as_str()),
+            ("60", "0", "system-first")
+        );
+        let spelt =
+            BTreeMap::from([pair("rounds", "060"), pair("drained", "false"), pair("order", "system-first")]);
+        assert_eq!(scenario.in_force(&spelt), defaults);
+        assert_eq!(scenario.in_force(&BTreeMap::from([pair("drained", "true")]))["drained"], "1");
     }
 
     #[test]

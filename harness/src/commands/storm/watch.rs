@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use hmmstorm_abi::wire::control::GpuStats;
-use hmmstorm_abi::wire::event::{Event, Record};
+use hmmstorm_abi::wire::event::{Event, Measured, Record};
 
 use crate::cli::Error;
 use crate::judge::console::{Finding, Kind, Scanner};
@@ -67,6 +67,8 @@ pub(super) struct Seen {
     pub(super) device: Vec<GpuStats>,
     /// The driver's counters at the end.
     pub(super) driver: Vec<BTreeMap<String, u64>>,
+    /// What the storm measured, as far as it came to tell it.
+    pub(super) measured: Option<Measured>,
     /// Parameters in force, once the scenario began.
     pub(super) parameters: Option<BTreeMap<String, String>>,
     /// What the CPUs were seen doing.
@@ -84,6 +86,7 @@ pub(super) struct Watcher<'a> {
     console_grew: bool,
     device: Vec<GpuStats>,
     driver: Vec<BTreeMap<String, u64>>,
+    measured: Option<Measured>,
     parameters: Option<BTreeMap<String, String>>,
     garbled: Option<String>,
     failing: Option<(Instant, String)>,
@@ -107,6 +110,7 @@ impl<'a> Watcher<'a> {
             console_grew: false,
             device: Vec::new(),
             driver: Vec::new(),
+            measured: None,
             parameters: None,
             garbled: None,
             failing: None,
@@ -179,6 +183,7 @@ impl<'a> Watcher<'a> {
                 }
             }
             Event::Start { parameters, .. } => self.parameters = Some(parameters.clone()),
+            Event::Measured(measured) => self.measured = Some(measured.clone()),
             Event::Done { stats, .. } => self.driver.clone_from(stats),
             _ => {}
         }
@@ -285,6 +290,7 @@ impl<'a> Watcher<'a> {
             findings: self.scanner.findings(),
             device: self.device,
             driver: self.driver,
+            measured: self.measured,
             parameters: self.parameters,
             sampler: self.sampler,
         }

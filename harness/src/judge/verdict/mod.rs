@@ -2,6 +2,7 @@
 //! rule is a table test.
 
 mod crash;
+mod span;
 mod state;
 mod stuck;
 mod types;
@@ -12,6 +13,7 @@ use hmmstorm_abi::wire::event::Progress;
 
 use super::console::Finding;
 use super::sampler::CpuSummary;
+pub use span::Span;
 use state::State;
 pub use types::{Ended, Evidence, Judgement, Limits, Observation, Recovered, Source, Verdict, Weight};
 

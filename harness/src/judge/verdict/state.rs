@@ -140,6 +140,7 @@ impl State {
             Event::Error { message } => {
                 self.error.get_or_insert((self.now.host, message));
             }
+            Event::Measured(_) => {}
             Event::Bye => self.bye = true,
         }
     }
