@@ -40,6 +40,18 @@ pub(crate) fn pin(cpu: usize) -> rustix::io::Result<()> {
     rustix::thread::sched_setaffinity(None, &set)
 }
 
+/// Lets the calling thread run on every CPU.
+///
+/// # Errors
+/// Of `sched_setaffinity`.
+pub(crate) fn unpin() -> rustix::io::Result<()> {
+    let mut set = rustix::thread::CpuSet::new();
+    for cpu in 0..rustix::thread::CpuSet::MAX_CPU {
+        set.set(cpu);
+    }
+    rustix::thread::sched_setaffinity(None, &set)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -57,5 +69,6 @@ mod tests {
         pin(0).expect("CPU 0 exists");
         assert_eq!(rustix::thread::sched_getcpu(), 0);
         assert!(pin(1023).is_err());
+        unpin().expect("any CPU will do");
     }
 }

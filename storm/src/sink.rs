@@ -70,6 +70,8 @@ fn render(event: &Event, terminal: bool) -> String {
                 "{clear}CORRUPTION: {worker} found page {page} wrong\n  expected: {expected}\n  found:    {found}\n"
             )
         }
+        Event::Tests { names } => format!("{clear}{} tests\n", names.len()),
+        Event::Output { line } => format!("{clear}{line}\n"),
         Event::Invariant { name, detail } => format!("{clear}ACCOUNTING: {name}: {detail}\n"),
         Event::Done { progress, elapsed_ns, stats } => {
             let ms = (elapsed_ns / 1_000_000).max(1);

@@ -204,7 +204,7 @@ fn run(
 ) -> Result<Outcome, RunError> {
     let baseline = Baseline::take(machine)?;
     let start = monotonic_ns();
-    if prepared.workload.run(&Context { board, seed }).is_err() {
+    if prepared.workload.run(&Context { board, seed, sink }).is_err() {
         // What was found is on the board, for the supervisor to tell.
         return Ok(Outcome::Failed);
     }

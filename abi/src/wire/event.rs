@@ -73,6 +73,16 @@ pub enum Event {
         /// Worker names, in the order of [`Progress::workers`].
         workers: Vec<String>,
     },
+    /// A program of tests begins; which ones it will run, in this order.
+    Tests {
+        /// Their full names.
+        names: Vec<String>,
+    },
+    /// A line that a program printed which runs under the storm.
+    Output {
+        /// Without its end.
+        line: String,
+    },
     /// Heartbeat while a scenario runs; sent by a thread that does no other work.
     Progress(Progress),
     /// A data oracle failed. The run goes on or ends as the scenario decides; the verdict is `corruption`.

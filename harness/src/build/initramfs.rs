@@ -38,9 +38,26 @@ struct Entry {
 /// Writes the archive that `manifest` describes.
 pub(super) fn write(manifest: &Initramfs, contents: &[Content], dest: &Path) -> Result<(), BuildError> {
     let file = File::create(dest).on("create", dest)?;
+    pack(entries(manifest, contents), file, dest)
+}
+
+/// Writes the archive `base` with programs added to it, by their paths in the guest; their folders are in `base`. The
+/// kernel unpacks archives that follow each other one after the other.
+pub(super) fn extend(base: &Path, programs: &[(&str, PathBuf)], dest: &Path) -> Result<(), BuildError> {
+    fs::copy(base, dest).on("copy", base)?;
+    let file = File::options().append(true).open(dest).on("open", dest)?;
+    let program = |(path, file): &(&str, PathBuf)| Entry {
+        path: (*path).to_owned(),
+        mode: 0o755,
+        kind: Kind::File(file.clone()),
+    };
+    pack(programs.iter().map(program).collect(), file, dest)
+}
+
+fn pack(entries: Vec<Entry>, file: File, dest: &Path) -> Result<(), BuildError> {
     // No name and no time in the header.
     let mut archive = GzBuilder::new().write(file, Compression::new(6));
-    for (number, entry) in (1_u32..).zip(entries(manifest, contents)) {
+    for (number, entry) in (1_u32..).zip(entries) {
         let builder = Builder::new(&entry.path).ino(number).nlink(1).mtime(0).uid(0).gid(0).mode(entry.mode);
         let (builder, bytes) = match entry.kind {
             Kind::Directory => (builder.set_mode_file_type(ModeFileType::Directory), Vec::new()),
@@ -109,6 +126,27 @@ mod tests {
         [[link]]\npath = 'lib/init'\ntarget = '/init'\n\
         [[file]]\npath = 'init'\nfrom = 'storm'\nmode = 0o755\n\
         [[file]]\npath = 'lib/modules'\nfrom = 'modules'\nmode = 0o644\n";
+
+    #[test]
+    fn programs_are_added_behind_the_archive() {
+        let dir = tempfile::tempdir().expect("temporary folder");
+        let manifest: Initramfs = toml::from_str(MANIFEST).expect("manifest");
+        let (base, all) = (dir.path().join("base"), dir.path().join("all"));
+        write(&manifest, &[], &base).expect("write");
+        let program = dir.path().join("hmm-tests");
+        fs::write(&program, "tests").expect("write");
+        extend(&base, &[("bin/hmm-tests", program)], &all).expect("extend");
+        let (base, all) = (fs::read(&base).expect("read"), fs::read(&all).expect("read"));
+        let added = all.strip_prefix(&base[..]).expect("the base comes first");
+        let mut plain = Vec::new();
+        GzDecoder::new(added).read_to_end(&mut plain).expect("gzip");
+        let mut reader = Reader::new(&plain[..]).expect("member");
+        assert_eq!((reader.entry().name(), reader.entry().mode()), ("bin/hmm-tests", 0o100_755));
+        let mut text = String::new();
+        reader.read_to_string(&mut text).expect("content");
+        assert_eq!(text, "tests");
+        assert!(Reader::new(reader.finish().expect("next")).expect("member").entry().is_trailer());
+    }
 
     #[test]
     fn archive_is_whole_and_always_the_same() {

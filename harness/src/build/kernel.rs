@@ -188,6 +188,29 @@ impl<'a> LiveTree<'a> {
         key
     }
 
+    /// Key of what programs for user space are built from.
+    pub(super) fn selftests_key(&self) -> Key {
+        let mut key = Key::new("selftests-2").with("source", &self.source_sha256).with("cc", &self.tools.cc);
+        for patch in self.recipe.patches.iter().filter(|p| p.concerns_selftests()) {
+            key = key.with("patch", &patch.sha256);
+        }
+        key
+    }
+
+    /// The source with the recipe's patches. The caller has taken the lock, and the objects are made anew if they were
+    /// those of other patches: source and objects of a live tree belong together.
+    pub(super) fn source(&self) -> Result<PathBuf, BuildError> {
+        self.make_objects()?;
+        Ok(self.src())
+    }
+
+    /// The folder with the headers that the kernel exports to user space; they are there while the lock is held, which the
+    /// caller has taken. (`headers_install` would need rsync for no more than a copy.)
+    pub(super) fn exported_headers(&self) -> Result<PathBuf, BuildError> {
+        self.kbuild().make("exporting the kernel's headers", &["headers"], None, |_| ())?;
+        Ok(self.out().join("usr/include"))
+    }
+
     /// Builds the modules of `source` out of tree, with all their objects in `objects` and `setting` for make. The
     /// caller has taken the lock.
     pub(super) fn build_modules(

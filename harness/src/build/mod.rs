@@ -23,6 +23,7 @@ pub mod pins;
 mod prepare;
 mod process;
 pub mod progress;
+mod selftests;
 mod source;
 mod sources;
 pub mod toolchain;

@@ -11,7 +11,7 @@ use std::process::Command;
 use serde::{Deserialize, Serialize};
 
 use super::error::IoContext;
-use super::{BuildError, Cache, hash};
+use super::{BuildError, Cache, hash, selftests};
 
 /// A file of the user's with patches.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -91,6 +91,11 @@ impl Patch {
     /// Whether modules built against the kernel may come out differently: it changes more than C code.
     pub fn concerns_modules(&self) -> bool {
         self.files.iter().any(|file| file.extension().is_none_or(|e| e != "c"))
+    }
+
+    /// Whether programs that are built from the kernel's source for user space may come out differently.
+    pub fn concerns_selftests(&self) -> bool {
+        self.files.iter().any(|file| selftests::concerns(file))
     }
 
     /// Applies it to the files in `dir`, which holds at least those that it touches. `onto` names the kernel, `before`

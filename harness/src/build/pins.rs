@@ -27,6 +27,8 @@ pub struct Pins {
     pub host: HostPackages,
     /// `initramfs.toml`.
     pub initramfs: Initramfs,
+    /// `selftests.toml`.
+    pub selftests: Selftests,
 }
 
 impl Pins {
@@ -41,6 +43,7 @@ impl Pins {
             toolchain: read(&images.join("toolchain.toml"))?,
             host: read(&images.join("host-packages.toml"))?,
             initramfs: read(&images.join("initramfs.toml"))?,
+            selftests: read(&images.join("selftests.toml"))?,
         })
     }
 
@@ -269,6 +272,32 @@ pub struct Need {
     /// The package's name in one release, by `ID-VERSION_ID` of os-release.
     #[serde(flatten)]
     pub releases: BTreeMap<String, String>,
+}
+
+/// Test programs of the kernel's own tree.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Selftests {
+    /// All of them.
+    pub program: Vec<Selftest>,
+}
+
+/// A test program of the kernel's own tree.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Selftest {
+    /// Its name.
+    pub name: String,
+    /// Where the guest finds it, without a leading slash.
+    pub path: String,
+    /// C files, relative to the source tree.
+    pub sources: Vec<PathBuf>,
+    /// Folders of headers, relative to the source tree.
+    pub include: Vec<PathBuf>,
+    /// The same, after those that the kernel exports.
+    pub system_include: Vec<PathBuf>,
+    /// Libraries to link.
+    pub libraries: Vec<String>,
 }
 
 /// What the guest's initramfs holds.

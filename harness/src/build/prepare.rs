@@ -12,12 +12,12 @@ use super::initramfs::{self, Content};
 use super::kernel::{Built, LiveTree, Recipe, strip};
 use super::module::{self, DRIVER};
 use super::patches::{self, UserPatch};
-use super::pins::Part;
+use super::pins::{Part, Selftest};
 use super::process::{Job, guarded};
 use super::progress::Unit;
 use super::source::{self, Source};
 use super::toolchain::{self, KernelTools, Qemu};
-use super::{BuildError, Cache, Pins, Progress, Stack, drgn};
+use super::{BuildError, Cache, Pins, Progress, Stack, drgn, selftests};
 use crate::cli::{Context, ImageArgs};
 use crate::judge::structures::Reader;
 
@@ -98,6 +98,42 @@ impl Builder {
             Some(file) => Image::load(file),
             None => Image::load(&self.prepare(&args.into())?),
         }
+    }
+
+    /// The same with the test programs of the kernel's own tree in the guest.
+    pub fn image_with_selftests(&self, args: &ImageArgs) -> Result<Image, BuildError> {
+        if args.image.is_some() {
+            return Err(BuildError::Usage(
+                "--image names what is built already, and the kernel's tests are built from its source: name the \
+                 kernel with --kernel or --tree"
+                    .into(),
+            ));
+        }
+        let request = args.into();
+        let base = self.prepare(&request)?;
+        let mut image = Image::load(&base)?;
+        let programs = self.selftests(&request)?;
+        let mut key = Key::new("image-selftests-1").with("base", base.as_os_str().as_encoded_bytes());
+        for (path, program) in &programs {
+            key = key.with(path, program.as_os_str().as_encoded_bytes());
+        }
+        let name = base.parent().and_then(Path::file_name).unwrap_or_default().to_string_lossy();
+        let dest = self.cache.path("images").join(format!("{name}-selftests-{}", key.short()));
+        self.cache.publish(&dest, |dir| {
+            initramfs::extend(&image.initramfs, &programs, &dir.join("initramfs.cpio.gz"))
+        })?;
+        image.initramfs = dest.join("initramfs.cpio.gz");
+        Ok(image)
+    }
+
+    /// The test programs of a kernel's own tree, by their paths in the guest.
+    fn selftests(&self, request: &Request) -> Result<Vec<(&str, PathBuf)>, BuildError> {
+        let Self { pins, cache, progress } = self;
+        let recipe = self.recipe(request)?;
+        let tools = KernelTools::find(pins, cache, progress)?;
+        let tree = LiveTree::open(&recipe, &tools, pins, cache, progress)?;
+        let program = |pin: &'_ Selftest| selftests::program(&tree, pin, cache, progress);
+        pins.selftests.program.iter().map(|pin| Ok((pin.path.as_str(), program(pin)?))).collect()
     }
 
     /// Builds what is requested, as far as it is not in the cache, and gives the path of its `image.json`.

@@ -51,6 +51,8 @@ enum Command {
     Run(commands::run::Args),
     /// Storm a kernel and judge what happens
     Storm(commands::storm::Args),
+    /// Run the kernel's own hmm-tests, unmodified, and report KTAP
+    Conformance(commands::conformance::Args),
     /// Boot the guest under gdb, kernel and driver symbols loaded
     Gdb(commands::gdb::Args),
     /// List what there is to choose from
@@ -115,6 +117,7 @@ fn dispatch(command: Command, ctx: &Context) -> Result<Outcome, Error> {
         Command::Build(args) => commands::build::run(args, ctx),
         Command::Run(args) => commands::run::run(args, ctx),
         Command::Storm(args) => commands::storm::run(args, ctx),
+        Command::Conformance(args) => commands::conformance::run(args, ctx),
         Command::Gdb(args) => commands::gdb::run(args, ctx),
         Command::List(args) => commands::list::run(args, ctx),
         Command::KvmProbe => Ok(kvm_probe()),

@@ -1,6 +1,7 @@
 //! One module a command: `Args` is its part of the command line, `run` does it.
 
 pub mod build;
+pub mod conformance;
 pub mod doctor;
 pub mod gdb;
 pub mod list;

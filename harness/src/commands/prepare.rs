@@ -37,11 +37,30 @@ pub fn prepare(
     guest: Guest,
     ctx: &Context,
 ) -> Result<Prepared, Error> {
+    prepare_with(machine, guest, ctx, |builder| builder.image(image))
+}
+
+/// The same with the test programs of the kernel's own tree in the guest.
+pub fn prepare_with_selftests(
+    image: &ImageArgs,
+    machine: &MachineArgs,
+    guest: Guest,
+    ctx: &Context,
+) -> Result<Prepared, Error> {
+    prepare_with(machine, guest, ctx, |builder| builder.image_with_selftests(image))
+}
+
+fn prepare_with(
+    machine: &MachineArgs,
+    guest: Guest,
+    ctx: &Context,
+    image: impl FnOnce(&Builder) -> Result<Image, BuildError>,
+) -> Result<Prepared, Error> {
     let memory = accel::Memory::new(&ctx.cache);
     let (engine, engine_reason) = accel::choose(machine.accel, machine.deterministic, &memory)?;
     // Before anything is built: a wrong option should not cost a kernel build first.
     let spec = Spec::new(&ctx.repo.join("qemu-config"), machine, engine, guest).map_err(usage)?;
-    let (image, qemu, device) = programs(image, machine, ctx).map_err(BuildError::into_cli)?;
+    let (image, qemu, device) = programs(machine, ctx, image).map_err(BuildError::into_cli)?;
     let files = BootFiles { kernel: image.boot_kernel.clone(), initramfs: image.initramfs.clone() };
     Ok(Prepared {
         boot: Boot { spec, qemu, device, files },
@@ -54,9 +73,9 @@ pub fn prepare(
 
 /// What the options name, or else what this tree builds and fetches.
 fn programs(
-    image: &ImageArgs,
     machine: &MachineArgs,
     ctx: &Context,
+    image: impl FnOnce(&Builder) -> Result<Image, BuildError>,
 ) -> Result<(Image, QemuProgram, PathBuf), BuildError> {
     let builder = Builder::new(ctx)?;
     let qemu = match &machine.qemu {
@@ -67,7 +86,7 @@ fn programs(
         }
     };
     let device = machine.device.clone().map_or_else(|| builder.device(), Ok)?;
-    Ok((builder.image(image)?, qemu, device))
+    Ok((image(&builder)?, qemu, device))
 }
 
 impl Prepared {

@@ -1,6 +1,6 @@
 //! `hmmstorm storm`: runs a scenario on a kernel, once a seed, and judges each run.
 
-mod runner;
+pub(crate) mod runner;
 mod show;
 mod watch;
 
@@ -79,6 +79,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<Outcome, Error> {
         machine.preempt = Some(preempt);
     }
     machine.vram = machine.vram.or(scenario.vram());
+    machine.memory = machine.memory.or(scenario.memory());
     let guest = Guest::Run { scenario: scenario.name.clone(), seed: args.seed, parameters };
     let mut prepared = prepare(&args.image, &machine, guest, ctx)?;
     prepared.boot.spec.append.splice(0..0, scenario.command_line().iter().cloned());
@@ -149,7 +150,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<Outcome, Error> {
     Ok(if all { Outcome::Pass } else { Outcome::Problem })
 }
 
-fn usage(error: scenario::Error) -> Error {
+pub(super) fn usage(error: scenario::Error) -> Error {
     if error.is_usage() { Error::usage(error.to_string()) } else { error.into() }
 }
 

@@ -7,6 +7,7 @@
 
 pub mod console;
 pub mod cycle;
+pub mod kselftest;
 pub mod measures;
 pub mod record;
 pub mod sampler;

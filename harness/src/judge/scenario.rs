@@ -40,11 +40,14 @@ struct Needs {
     #[serde(default)]
     command_line: Vec<String>,
     vram: Option<Size>,
+    memory: Option<Size>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
 struct Limits {
     no_progress_ms: u64,
+    run_ms: Option<u64>,
+    after_complaint_ms: Option<u64>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -66,6 +69,7 @@ enum Kind {
     Integer { min: u64, max: u64 },
     Flag {},
     Choice { choices: Vec<String> },
+    Text {},
 }
 
 /// A run with one condition of the bug removed.
@@ -215,6 +219,23 @@ impl Scenario {
         Duration::from_millis(self.limits.no_progress_ms)
     }
 
+    /// Judges by another *T*.
+    pub fn set_no_progress(&mut self, limit: Duration) {
+        self.limits.no_progress_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+    }
+
+    /// Host time that it may take, if it is not the profile's to say.
+    #[must_use]
+    pub fn run_limit(&self) -> Option<Duration> {
+        self.limits.run_ms.map(Duration::from_millis)
+    }
+
+    /// Host time for which it goes on after the kernel complained, if it is not ended for that.
+    #[must_use]
+    pub fn after_complaint(&self) -> Option<Duration> {
+        self.limits.after_complaint_ms.map(Duration::from_millis)
+    }
+
     /// Preemption models under which the scenario shows what it is for.
     #[must_use]
     pub fn preempt(&self) -> &[Preempt] {
@@ -231,6 +252,12 @@ impl Scenario {
     #[must_use]
     pub fn vram(&self) -> Option<Size> {
         self.needs.vram
+    }
+
+    /// Guest memory, unless the user says otherwise.
+    #[must_use]
+    pub fn memory(&self) -> Option<Size> {
+        self.needs.memory
     }
 
     /// The control of this name.
@@ -312,6 +339,7 @@ impl Kind {
             }
             Self::Flag {} => matches!(value, "0" | "1" | "true" | "false"),
             Self::Choice { choices } => choices.iter().any(|choice| choice == value),
+            Self::Text {} => !value.contains(char::is_whitespace),
         }
     }
 
@@ -320,6 +348,7 @@ impl Kind {
             Self::Integer { min, max } => format!("an integer from {min} to {max}"),
             Self::Flag {} => "a flag, 0 or 1".to_owned(),
             Self::Choice { choices } => format!("one of {}", choices.join(", ")),
+            Self::Text {} => "a text without blanks".to_owned(),
         }
     }
 }

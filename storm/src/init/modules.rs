@@ -1,6 +1,7 @@
 //! Kernel modules.
 
 use std::collections::BTreeMap;
+use std::ffi::CString;
 use std::fs::{self, File};
 use std::io;
 
@@ -34,17 +35,29 @@ pub(crate) enum ModuleError {
     },
 }
 
-/// Loads `/lib/modules/<name>.ko` if it is not loaded; where its code is.
+/// Loads `/lib/modules/<name>.ko` if it is not loaded, with the parameters that the kernel's command line has for it; where
+/// its code is.
 ///
 /// # Errors
 /// [`ModuleError`].
 pub(crate) fn load(name: &str) -> Result<Sections, ModuleError> {
+    let cmdline = fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    let parameters = CString::new(parameters(&cmdline, name)).unwrap_or_default();
     let path = format!("/lib/modules/{name}.ko");
     let file = File::open(&path).map_err(|source| ModuleError::Open { path: path.clone(), source })?;
-    match finit_module(&file, c"", 0) {
+    match finit_module(&file, &parameters, 0) {
         Ok(()) | Err(Errno::EXIST) => Ok(text_sections(name)),
         Err(source) => Err(ModuleError::Load { path, source }),
     }
+}
+
+/// What a kernel command line has for a module: the words `name.parameter=value`, as `modprobe` reads them.
+fn parameters(cmdline: &str, name: &str) -> String {
+    let own = |word: &str| {
+        let (module, parameter) = word.split_once('.')?;
+        (module.replace('-', "_") == name.replace('-', "_")).then(|| parameter.to_owned())
+    };
+    cmdline.split_ascii_whitespace().filter_map(own).collect::<Vec<_>>().join(" ")
 }
 
 /// The text sections in `/sys/module/<name>/sections`; none if the kernel does not tell.
@@ -72,6 +85,13 @@ mod tests {
     fn reads_addresses() {
         assert_eq!(address("0xffffffffa0002000\n"), Some(0xffff_ffff_a000_2000));
         assert_eq!(address("12"), None);
+    }
+
+    #[test]
+    fn parameters_come_from_the_command_line() {
+        let cmdline = "quiet test_hmm.a=1 storm.seed=2 hsgpu.a=3 test-hmm.b=0x10,2 test_hmm\n";
+        assert_eq!(parameters(cmdline, "test_hmm"), "a=1 b=0x10,2");
+        assert_eq!(parameters(cmdline, "vfio"), "");
     }
 
     #[test]

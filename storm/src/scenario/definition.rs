@@ -56,6 +56,10 @@ pub(crate) struct Needs {
     #[serde(default)]
     #[expect(dead_code, reason = "read by the host; declared so that a misspelt key is an error here too")]
     pub(crate) vram: Option<String>,
+    /// Guest memory unless the user says otherwise; the host sees to it.
+    #[serde(default)]
+    #[expect(dead_code, reason = "read by the host; declared so that a misspelt key is an error here too")]
+    pub(crate) memory: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -63,6 +67,8 @@ pub(crate) struct Needs {
 #[expect(dead_code, reason = "read by the host; declared so that a misspelt key is an error here too")]
 struct Limits {
     no_progress_ms: u64,
+    run_ms: Option<u64>,
+    after_complaint_ms: Option<u64>,
 }
 
 /// One thing that must hold for the bug to show.
@@ -114,6 +120,11 @@ pub(crate) enum Kind {
         /// The words.
         choices: Vec<String>,
     },
+    /// Any text without blanks, which the kernel's command line could not carry.
+    Text {
+        /// Default.
+        default: String,
+    },
 }
 
 /// A run with one condition removed.
@@ -143,7 +154,7 @@ pub(crate) enum Value {
     Flag(bool),
     /// Of an integer.
     Integer(u64),
-    /// Of a choice.
+    /// Of a choice, or a text.
     Choice(String),
 }
 
@@ -217,7 +228,7 @@ impl Kind {
         match self {
             Self::Integer { default, .. } => Value::Integer(*default),
             Self::Flag { default } => Value::Flag(*default),
-            Self::Choice { default, .. } => Value::Choice(default.clone()),
+            Self::Choice { default, .. } | Self::Text { default } => Value::Choice(default.clone()),
         }
     }
 
@@ -227,6 +238,7 @@ impl Kind {
             Self::Integer { min, max, .. } => format!("an integer from {min} to {max}"),
             Self::Flag { .. } => "a flag, 0 or 1".to_owned(),
             Self::Choice { choices, .. } => format!("one of {}", list(choices.iter().map(String::as_str))),
+            Self::Text { .. } => "a text without blanks".to_owned(),
         }
     }
 
@@ -235,6 +247,7 @@ impl Kind {
             (Self::Integer { min, max, .. }, Value::Integer(integer)) => (min..=max).contains(&integer),
             (Self::Flag { .. }, Value::Flag(_)) => true,
             (Self::Choice { choices, .. }, Value::Choice(word)) => choices.contains(word),
+            (Self::Text { .. }, Value::Choice(text)) => !text.contains(char::is_whitespace),
             _ => false,
         }
     }
@@ -247,7 +260,7 @@ impl Kind {
                 "0" | "false" => false,
                 _ => return None,
             }),
-            Self::Choice { .. } => Value::Choice(text.to_owned()),
+            Self::Choice { .. } | Self::Text { .. } => Value::Choice(text.to_owned()),
         };
         self.allows(&value).then_some(value)
     }
@@ -364,6 +377,14 @@ impl Parameters {
             Some(Value::Choice(word)) => word,
             other => panic!("no choice parameter `{name}`: {other:?}"),
         }
+    }
+
+    /// The text `name`.
+    ///
+    /// # Panics
+    /// If the definition has none.
+    pub(crate) fn text(&self, name: &str) -> &str {
+        self.choice(name)
     }
 
     /// All of them as text, as they can be given on a command line.

@@ -1,6 +1,7 @@
 //! Scenarios: what they are called, what they take, and how they run.
 
 mod boot;
+mod conformance;
 pub(crate) mod definition;
 mod drain_livelock;
 mod evict_pressure;
@@ -14,6 +15,7 @@ use crate::board::{Board, Finding, Slot};
 use crate::gpu::GpuError;
 use crate::machine::Machine;
 use crate::oracle::Mismatch;
+use crate::sink::Sink;
 use definition::{Definition, DefinitionError, Parameters};
 
 /// A workload with its parameters.
@@ -36,6 +38,8 @@ pub(crate) struct Context<'a> {
     pub(crate) board: &'a Board,
     /// Seed of every choice, and of the pages' contents.
     pub(crate) seed: u64,
+    /// Where to tell what a worker's count does not say.
+    pub(crate) sink: &'a Sink,
 }
 
 /// The run ended early; the reason is on the board.
@@ -116,7 +120,7 @@ pub(crate) enum ScenarioError {
 type Build = fn(&Parameters, Machine) -> Result<Box<dyn Workload>, ScenarioError>;
 
 /// Each scenario's definition and constructor.
-const SCENARIOS: [(&str, Build); 5] = [
+const SCENARIOS: [(&str, Build); 6] = [
     (include_str!("../../scenarios/drain-livelock.toml"), |p, m| {
         Ok(Box::new(drain_livelock::DrainLivelock::new(p, m)?))
     }),
@@ -126,6 +130,7 @@ const SCENARIOS: [(&str, Build); 5] = [
     }),
     (include_str!("../../scenarios/boot.toml"), |_, _| Ok(Box::new(boot::Boot))),
     (include_str!("../../scenarios/kunit.toml"), |p, _| Ok(Box::new(kunit::Kunit::new(p)))),
+    (include_str!("../../scenarios/conformance.toml"), |p, _| Ok(Box::new(conformance::Conformance::new(p)))),
 ];
 
 /// The definitions of all scenarios.
@@ -202,7 +207,7 @@ mod tests {
         let error = prepare("drain", None, [], MACHINE).expect_err("unknown").to_string();
         assert_eq!(
             error,
-            "there is no scenario `drain`; there are: drain-livelock, smoke, evict-pressure, boot, kunit"
+            "there is no scenario `drain`; there are: drain-livelock, smoke, evict-pressure, boot, kunit, conformance"
         );
     }
 

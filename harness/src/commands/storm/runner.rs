@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use hmmstorm_abi::wire::event;
+
 use super::watch::{Seen, Watcher};
 use crate::build::Builder;
 use crate::cli::{Context, Error, Preempt};
@@ -16,7 +18,7 @@ use crate::judge::sampler::Sampler;
 use crate::judge::scenario::{Control, Scenario};
 use crate::judge::structures::{self, Reader, Structures};
 use crate::judge::symbols::Symbols;
-use crate::judge::verdict::{Judge, Limits, Phase, Verdict};
+use crate::judge::verdict::{Judge, Limits, Phase, SETTLE, Verdict};
 use crate::records::id::run_id;
 use crate::vm::command::QemuProgram;
 use crate::vm::{self, Guest, Machine, RunFolder, ram};
@@ -80,6 +82,12 @@ impl<'a> Runner<'a> {
         })
     }
 
+    /// The kernel under test, for people.
+    pub(crate) fn kernel(&self) -> String {
+        let provenance = &self.prepared.image.provenance;
+        format!("{} {} ({})", provenance.kernel_version, provenance.variant, provenance.flavour)
+    }
+
     pub(crate) fn announce(&self, runs: u64, out: &Path) {
         let spec = &self.prepared.boot.spec;
         let provenance = &self.prepared.image.provenance;
@@ -124,17 +132,29 @@ impl<'a> Runner<'a> {
             no_progress,
             hello: seconds(limits.hello),
             start: seconds(limits.bound),
-            run: seconds(limits.run),
+            run: self.scenario.run_limit().unwrap_or(seconds(limits.run)),
             hard_stop: (no_progress * 10).max(waited * 2),
             detectors: waited,
             starvation: None,
             least_rate: None,
+            after_complaint: self.scenario.after_complaint().unwrap_or(SETTLE),
             guest_time_only: spec.deterministic(),
         }
     }
 
     /// One run, to its record, which is in the folder when this returns. `progress` is called at every look.
     pub(crate) fn run(&self, seed: u64, dir: &Path, progress: impl FnMut(Phase)) -> Result<Record, Error> {
+        self.run_listening(seed, dir, progress, |_| ())
+    }
+
+    /// The same; `listen` hears every record of the guest's storm.
+    pub(crate) fn run_listening(
+        &self,
+        seed: u64,
+        dir: &Path,
+        progress: impl FnMut(Phase),
+        listen: impl FnMut(&event::Record),
+    ) -> Result<Record, Error> {
         let folder = RunFolder::create(dir).map_err(|error| {
             Error::harness(format!("cannot make the run folder {}: {error}", dir.display()))
         })?;
@@ -151,7 +171,7 @@ impl<'a> Runner<'a> {
         let mut structures = None;
         let seen = match prepared.start(folder.clone(), self.ctx) {
             Ok(mut machine) => {
-                let seen = watcher.watch(&mut machine, progress)?;
+                let seen = watcher.watch(&mut machine, progress, listen)?;
                 structures = self.structures(&seen, &mut machine);
                 machine.stop();
                 seen

@@ -118,18 +118,22 @@ impl<'a> Watcher<'a> {
         }
     }
 
-    /// Watches until the verdict is certain. `progress` is called at every look. The machine may still run afterwards.
+    /// Watches until the verdict is certain. `progress` is called at every look, `listen` with each of the storm's records. The machine may still run afterwards.
     pub(super) fn watch(
         mut self,
         machine: &mut Machine,
         mut progress: impl FnMut(Phase),
+        mut listen: impl FnMut(&Record),
     ) -> Result<Seen, Error> {
         let started = machine.started();
         let scratch = machine.sockets().dir.join("memory");
         let mut next = Instant::now();
         loop {
             match machine.next(next) {
-                Ok(Occurrence::Record(record)) => self.record(record, started.elapsed()),
+                Ok(Occurrence::Record(record)) => {
+                    listen(&record);
+                    self.record(record, started.elapsed());
+                }
                 Ok(Occurrence::BadRecord { line, why }) => {
                     self.garbled.get_or_insert(format!("{why}: {line:.200}"));
                 }

@@ -18,7 +18,7 @@ use state::State;
 pub use types::{Ended, Evidence, Judgement, Limits, Observation, Recovered, Source, Verdict, Weight};
 
 /// Host time that a report of the kernel, or of the storm, is given to arrive in full.
-const SETTLE: Duration = Duration::from_secs(2);
+pub const SETTLE: Duration = Duration::from_secs(2);
 
 /// Host time within which a guest may complain *because* a process of the bench ended under it.
 const CONSEQUENCE: Duration = Duration::from_millis(500);
@@ -145,7 +145,8 @@ impl Judge {
             return endless.map(|stuck| self.finish(stuck.into_judgement()));
         }
         let settled = |since: Duration| host.saturating_sub(since) >= SETTLE;
-        let crash = state.crash_seen.is_some_and(settled);
+        let crash =
+            state.crash_seen.is_some_and(|since| host.saturating_sub(since) >= self.limits.after_complaint);
         let error = state.error.as_ref().is_some_and(|(at, _)| settled(*at));
         // The storm goes on after a corruption, or ends, as the scenario decides; it is not waited for long.
         let corrupt = state

@@ -142,6 +142,7 @@ impl State {
             }
             Event::Measured(_) => {}
             Event::Bye => self.bye = true,
+            Event::Tests { .. } | Event::Output { .. } => {}
         }
     }
 

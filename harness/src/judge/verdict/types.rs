@@ -93,6 +93,8 @@ pub struct Limits {
     pub starvation: Option<Duration>,
     /// Least operations a second that are not `slow`.
     pub least_rate: Option<f64>,
+    /// Host time for which a run goes on once the kernel has complained of a defect.
+    pub after_complaint: Duration,
     /// The guest's clock is no function of the host's (deterministic mode): only guest time counts, and the guest ends
     /// itself.
     pub guest_time_only: bool,
@@ -112,6 +114,7 @@ impl Limits {
             detectors: no_progress * 2,
             starvation: None,
             least_rate: None,
+            after_complaint: super::SETTLE,
             guest_time_only: false,
         }
     }
