@@ -13,7 +13,6 @@ pub mod record;
 pub mod sampler;
 pub mod scenario;
 pub mod stack;
-pub mod statistics;
 pub mod structures;
 pub mod symbols;
 pub mod verdict;

@@ -8,8 +8,8 @@ use sha2::{Digest, Sha256};
 
 use crate::judge::measures::{Latency, aborts};
 use crate::judge::record::Record;
-use crate::judge::statistics::Share;
 use crate::judge::verdict::Verdict;
+use crate::statistics::Share;
 
 /// What the runs of a cell have in common. Sorted as a table would be: scenario first, then what it runs on.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -9,8 +9,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::cli::{Context, Verbosity};
 use crate::judge::record::Record;
-use crate::judge::statistics::Share;
 use crate::judge::verdict::{Phase, Verdict, Weight};
+use crate::statistics::Share;
 
 /// Progress of one run, on stderr: a moving line on a terminal, a line at each stage elsewhere.
 #[derive(Debug)]

@@ -1,4 +1,4 @@
-//! Statistics over runs.
+//! Shares of runs with their intervals.
 
 /// The 97.5th percentile of the normal distribution: for intervals of 95 %.
 pub const Z95: f64 = 1.959_963_984_540_054;
