@@ -6,7 +6,7 @@ HMMSTORM := target/release/hmmstorm
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-host lint storm gdb doctor setup build hmmstorm boot-time full-counts clean
+.PHONY: help run test test-host lint storm matrix gdb doctor setup build hmmstorm boot-time full-counts clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ lint: ## formatting and lints alone
 storm: hmmstorm ## the livelock on the stock kernel, then its cure
 	$(HMMSTORM) storm drain-livelock --variant trylock --expect livelock $(ARGS)
 	$(HMMSTORM) storm drain-livelock --variant wait-on-locked --expect pass $(ARGS)
+
+matrix: hmmstorm ## the small matrix: bug, cure, controls, as CI runs it
+	$(HMMSTORM) matrix ci/plans/small.toml $(ARGS)
 
 gdb: hmmstorm ## the guest under gdb, kernel and driver symbols loaded
 	$(HMMSTORM) gdb $(ARGS)

@@ -42,6 +42,16 @@ impl Context {
         Ok(Self { verbosity, cache, repo: find_repo()?, interrupt: Interrupt::install()? })
     }
 
+    /// The same for work that somebody else reports on: it says nothing but errors.
+    pub fn quietly(&self) -> Self {
+        Self {
+            verbosity: Verbosity::Quiet,
+            cache: self.cache.clone(),
+            repo: self.repo.clone(),
+            interrupt: self.interrupt.clone(),
+        }
+    }
+
     /// Says something about the work under way, on stderr, unless `--quiet`.
     pub fn note(&self, text: impl std::fmt::Display) {
         if self.verbosity >= Verbosity::Normal {

@@ -53,6 +53,8 @@ enum Command {
     Storm(commands::storm::Args),
     /// Run the kernel's own hmm-tests, unmodified, and report KTAP
     Conformance(commands::conformance::Args),
+    /// Run a plan of many cells and seeds, and take up what was interrupted
+    Matrix(commands::matrix::Args),
     /// Boot the guest under gdb, kernel and driver symbols loaded
     Gdb(commands::gdb::Args),
     /// List what there is to choose from
@@ -118,6 +120,7 @@ fn dispatch(command: Command, ctx: &Context) -> Result<Outcome, Error> {
         Command::Run(args) => commands::run::run(args, ctx),
         Command::Storm(args) => commands::storm::run(args, ctx),
         Command::Conformance(args) => commands::conformance::run(args, ctx),
+        Command::Matrix(args) => commands::matrix::run(args, ctx),
         Command::Gdb(args) => commands::gdb::run(args, ctx),
         Command::List(args) => commands::list::run(args, ctx),
         Command::KvmProbe => Ok(kvm_probe()),

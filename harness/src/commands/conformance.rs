@@ -3,14 +3,14 @@
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use hmmstorm_abi::wire::event;
 use serde::Serialize;
 
 use super::prepare::prepare_with_selftests;
-use super::storm::runner::Runner;
-use super::storm::usage;
+use super::storm::runner::{Bench, Configured, Runner, usage};
 use crate::cli::{Context, Error, ImageArgs, MachineArgs, Outcome};
 use crate::judge::kselftest::{self, Reader, Status, TestResult, Totals};
 use crate::judge::record::{self, Record};
@@ -120,7 +120,9 @@ pub fn run(args: Args, ctx: &Context) -> Result<Outcome, Error> {
         return Ok(Outcome::Pass);
     }
     let folder = prepared.folder(SCENARIO, ctx)?;
-    let runner = Runner::new(prepared, scenario, None, Verdict::Pass, ctx)?;
+    let bench = Arc::new(Bench::new(&prepared, ctx)?);
+    let configured = Configured { prepared, scenario, control: None };
+    let runner = Runner::new(configured, vec![Verdict::Pass], bench, ctx);
     ctx.note(format_args!(
         "hmm-tests on {}, driver {}; logs in {}",
         runner.kernel(),

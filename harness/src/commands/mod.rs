@@ -5,6 +5,7 @@ pub mod conformance;
 pub mod doctor;
 pub mod gdb;
 pub mod list;
+pub mod matrix;
 pub mod prepare;
 pub mod run;
 pub mod setup;

@@ -30,6 +30,17 @@ pub struct Prepared {
     folder: Option<PathBuf>,
 }
 
+/// What boots and what it boots in.
+#[derive(Clone, Debug)]
+pub struct Programs {
+    /// The image.
+    pub image: Image,
+    /// QEMU.
+    pub qemu: QemuProgram,
+    /// The device's process.
+    pub device: PathBuf,
+}
+
 /// Decides everything that is decided before a machine starts; fetches and builds what is missing.
 pub fn prepare(
     image: &ImageArgs,
@@ -37,7 +48,7 @@ pub fn prepare(
     guest: Guest,
     ctx: &Context,
 ) -> Result<Prepared, Error> {
-    prepare_with(machine, guest, ctx, |builder| builder.image(image))
+    prepare_with(machine, guest, ctx, || programs(image, machine, ctx))
 }
 
 /// The same with the test programs of the kernel's own tree in the guest.
@@ -47,20 +58,24 @@ pub fn prepare_with_selftests(
     guest: Guest,
     ctx: &Context,
 ) -> Result<Prepared, Error> {
-    prepare_with(machine, guest, ctx, |builder| builder.image_with_selftests(image))
+    prepare_with(machine, guest, ctx, || {
+        find_programs(machine, ctx, |builder| builder.image_with_selftests(image))
+            .map_err(BuildError::into_cli)
+    })
 }
 
-fn prepare_with(
+/// The same with programs of the caller's, which are asked for when nothing else is left that could be wrong.
+pub fn prepare_with(
     machine: &MachineArgs,
     guest: Guest,
     ctx: &Context,
-    image: impl FnOnce(&Builder) -> Result<Image, BuildError>,
+    programs: impl FnOnce() -> Result<Programs, Error>,
 ) -> Result<Prepared, Error> {
     let memory = accel::Memory::new(&ctx.cache);
     let (engine, engine_reason) = accel::choose(machine.accel, machine.deterministic, &memory)?;
     // Before anything is built: a wrong option should not cost a kernel build first.
     let spec = Spec::new(&ctx.repo.join("qemu-config"), machine, engine, guest).map_err(usage)?;
-    let (image, qemu, device) = programs(machine, ctx, image).map_err(BuildError::into_cli)?;
+    let Programs { image, qemu, device } = programs()?;
     let files = BootFiles { kernel: image.boot_kernel.clone(), initramfs: image.initramfs.clone() };
     Ok(Prepared {
         boot: Boot { spec, qemu, device, files },
@@ -72,11 +87,15 @@ fn prepare_with(
 }
 
 /// What the options name, or else what this tree builds and fetches.
-fn programs(
+pub fn programs(image: &ImageArgs, machine: &MachineArgs, ctx: &Context) -> Result<Programs, Error> {
+    find_programs(machine, ctx, |builder| builder.image(image)).map_err(BuildError::into_cli)
+}
+
+fn find_programs(
     machine: &MachineArgs,
     ctx: &Context,
     image: impl FnOnce(&Builder) -> Result<Image, BuildError>,
-) -> Result<(Image, QemuProgram, PathBuf), BuildError> {
+) -> Result<Programs, BuildError> {
     let builder = Builder::new(ctx)?;
     let qemu = match &machine.qemu {
         Some(program) => QemuProgram { program: program.clone(), leading_args: Vec::new() },
@@ -86,7 +105,7 @@ fn programs(
         }
     };
     let device = machine.device.clone().map_or_else(|| builder.device(), Ok)?;
-    Ok((image(&builder)?, qemu, device))
+    Ok(Programs { image: image(&builder)?, qemu, device })
 }
 
 impl Prepared {

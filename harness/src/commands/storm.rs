@@ -6,16 +6,15 @@ mod watch;
 
 use std::path::PathBuf;
 use std::process;
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::prepare::prepare;
+use super::prepare::programs;
 use crate::cli::{Context, Error, ImageArgs, MachineArgs, Outcome};
 use crate::judge::record::{self, Record};
-use crate::judge::scenario::{self, Scenario};
 use crate::judge::verdict::Verdict;
 use crate::records;
-use crate::vm::Guest;
-use runner::Runner;
+use runner::{Bench, Runner, Wish, configure};
 use show::{Progress, Summary};
 
 /// Harness errors in a row after which no further seed is tried.
@@ -63,34 +62,20 @@ fn pair(text: &str) -> Result<(String, String), String> {
 
 /// Runs the command.
 pub fn run(args: Args, ctx: &Context) -> Result<Outcome, Error> {
-    let scenario = Scenario::load(&ctx.repo.join("storm/scenarios"), &args.scenario).map_err(usage)?;
-    let control =
-        args.control.as_deref().map(|name| scenario.control(name)).transpose().map_err(usage)?.cloned();
-    let parameters = scenario.parameters(control.as_ref(), &args.param).map_err(usage)?;
-    let mut machine = args.machine.clone();
-    if let Some(preempt) = control.as_ref().and_then(|control| control.preempt) {
-        // A control that changes the preemption model *is* that change.
-        if machine.preempt.is_some_and(|asked| asked != preempt) {
-            let name = control.as_ref().map(|control| control.name.as_str()).unwrap_or_default();
-            return Err(Error::usage(format!(
-                "control {name} boots with --preempt {preempt}: leave out --preempt"
-            )));
-        }
-        machine.preempt = Some(preempt);
-    }
-    machine.vram = machine.vram.or(scenario.vram());
-    machine.memory = machine.memory.or(scenario.memory());
-    let guest = Guest::Run { scenario: scenario.name.clone(), seed: args.seed, parameters };
-    let mut prepared = prepare(&args.image, &machine, guest, ctx)?;
-    prepared.boot.spec.append.splice(0..0, scenario.command_line().iter().cloned());
-    scenario.fits(prepared.boot.spec.profile.cpus, prepared.boot.spec.profile.gpus).map_err(usage)?;
-    if machine.dry_run {
-        print!("{}", prepared.dry_run());
+    let wish = Wish {
+        scenario: &args.scenario,
+        control: args.control.as_deref(),
+        parameters: &args.param,
+        seed: args.seed,
+    };
+    let configured = configure(wish, &args.machine, ctx, || programs(&args.image, &args.machine, ctx))?;
+    if args.machine.dry_run {
+        print!("{}", configured.prepared.dry_run());
         return Ok(Outcome::Pass);
     }
-    let expected = args.expect.or(control.as_ref().map(|control| control.expect)).unwrap_or(Verdict::Pass);
-    let out = folder(args.out.or(machine.folder), ctx)?;
-    let runner = Runner::new(prepared, scenario, control, expected, ctx)?;
+    let out = folder(args.out.or(args.machine.folder), ctx)?;
+    let bench = Arc::new(Bench::new(&configured.prepared, ctx)?);
+    let runner = Runner::new(configured, args.expect.into_iter().collect(), bench, ctx);
     runner.announce(args.runs, &out);
 
     let mut records_file = match args.records {
@@ -129,7 +114,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<Outcome, Error> {
         if let Some(file) = &args.json {
             record::write_json(file, &serde_json::json!({ "summary": summary, "runs": records }))?;
         }
-        if failures >= GIVE_UP && expected != Verdict::HarnessError {
+        if failures >= GIVE_UP && !runner.expected().contains(&Verdict::HarnessError) {
             break;
         }
     }
@@ -148,10 +133,6 @@ pub fn run(args: Args, ctx: &Context) -> Result<Outcome, Error> {
     }
     let all = records.iter().all(|record| record.as_expected);
     Ok(if all { Outcome::Pass } else { Outcome::Problem })
-}
-
-pub(super) fn usage(error: scenario::Error) -> Error {
-    if error.is_usage() { Error::usage(error.to_string()) } else { error.into() }
 }
 
 /// The folder of all runs.

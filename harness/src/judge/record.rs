@@ -34,6 +34,9 @@ pub struct Record {
     /// Where its files are, seen from the folder of the records file; none in `verdict.json` itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub folder: Option<PathBuf>,
+    /// Group of the plan that asked for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<String>,
     /// What was asked for.
     pub run: Run,
     /// What `--expect`, or the control, expects; `pass` otherwise.

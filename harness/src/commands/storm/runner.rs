@@ -3,19 +3,20 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use hmmstorm_abi::wire::event;
 
 use super::watch::{Seen, Watcher};
 use crate::build::Builder;
-use crate::cli::{Context, Error, Preempt};
-use crate::commands::prepare::Prepared;
+use crate::cli::{Context, Error, MachineArgs, Preempt};
+use crate::commands::prepare::{Prepared, Programs, prepare_with};
 use crate::judge::cycle::Cycle;
 use crate::judge::measures::Measures;
 use crate::judge::record::{self, Provenance, Record, Run, Timings, Totals};
 use crate::judge::sampler::Sampler;
-use crate::judge::scenario::{Control, Scenario};
+use crate::judge::scenario::{self, Control, Scenario};
 use crate::judge::structures::{self, Reader, Structures};
 use crate::judge::symbols::Symbols;
 use crate::judge::verdict::{Judge, Limits, Phase, SETTLE, Verdict};
@@ -23,14 +24,68 @@ use crate::records::id::run_id;
 use crate::vm::command::QemuProgram;
 use crate::vm::{self, Guest, Machine, RunFolder, ram};
 
-/// All that the runs of one configuration share.
+/// A scenario set up for a kernel and a machine, with every wish checked.
+#[derive(Clone, Debug)]
+pub(crate) struct Configured {
+    /// What boots.
+    pub(crate) prepared: Prepared,
+    /// The scenario.
+    pub(crate) scenario: Scenario,
+    /// Its control.
+    pub(crate) control: Option<Control>,
+}
+
+/// What is asked for of a scenario.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Wish<'a> {
+    /// Its name.
+    pub(crate) scenario: &'a str,
+    /// Control of it.
+    pub(crate) control: Option<&'a str>,
+    /// Parameters that are to differ from their defaults.
+    pub(crate) parameters: &'a [(String, String)],
+    /// Seed of the first run.
+    pub(crate) seed: u64,
+}
+
+/// Checks scenario, control and parameters against the machine; then asks for the programs to run them with.
+pub(crate) fn configure(
+    wish: Wish<'_>,
+    machine: &MachineArgs,
+    ctx: &Context,
+    programs: impl FnOnce() -> Result<Programs, Error>,
+) -> Result<Configured, Error> {
+    let Wish { scenario, control, parameters, seed } = wish;
+    let scenario = Scenario::load(&ctx.repo.join("storm/scenarios"), scenario).map_err(usage)?;
+    let control = control.map(|name| scenario.control(name)).transpose().map_err(usage)?.cloned();
+    let parameters = scenario.parameters(control.as_ref(), parameters).map_err(usage)?;
+    let mut machine = machine.clone();
+    if let Some((control, preempt)) = control.as_ref().and_then(|control| Some((control, control.preempt?))) {
+        // A control that changes the preemption model *is* that change.
+        if machine.preempt.is_some_and(|asked| asked != preempt) {
+            let name = &control.name;
+            return Err(Error::usage(format!(
+                "control {name} boots with --preempt {preempt}: leave out --preempt"
+            )));
+        }
+        machine.preempt = Some(preempt);
+    }
+    machine.vram = machine.vram.or(scenario.vram());
+    machine.memory = machine.memory.or(scenario.memory());
+    let guest = Guest::Run { scenario: scenario.name.clone(), seed, parameters };
+    let mut prepared = prepare_with(&machine, guest, ctx, programs)?;
+    prepared.boot.spec.append.splice(0..0, scenario.command_line().iter().cloned());
+    scenario.fits(prepared.boot.spec.profile.cpus, prepared.boot.spec.profile.gpus).map_err(usage)?;
+    Ok(Configured { prepared, scenario, control })
+}
+
+pub(crate) fn usage(error: scenario::Error) -> Error {
+    if error.is_usage() { Error::usage(error.to_string()) } else { error.into() }
+}
+
+/// What all runs of one image share.
 #[derive(Debug)]
-pub(crate) struct Runner<'a> {
-    ctx: &'a Context,
-    prepared: Prepared,
-    scenario: Scenario,
-    control: Option<Control>,
-    expected: Verdict,
+pub(crate) struct Bench {
     symbols: Symbols,
     image: serde_json::Value,
     binaries: BTreeMap<String, String>,
@@ -39,15 +94,9 @@ pub(crate) struct Runner<'a> {
     reader: Option<Reader>,
 }
 
-impl<'a> Runner<'a> {
-    pub(crate) fn new(
-        prepared: Prepared,
-        scenario: Scenario,
-        control: Option<Control>,
-        expected: Verdict,
-        ctx: &'a Context,
-    ) -> Result<Self, Error> {
-        let symbols = Symbols::from_vmlinux(&prepared.image.vmlinux)?;
+impl Bench {
+    /// For the image, QEMU and device of `prepared`.
+    pub(crate) fn new(prepared: &Prepared, ctx: &Context) -> Result<Self, Error> {
         let files = [
             ("kernel", &prepared.boot.files.kernel),
             ("initramfs", &prepared.boot.files.initramfs),
@@ -61,25 +110,110 @@ impl<'a> Runner<'a> {
                 binaries.insert(role.to_owned(), record::hash(path)?.sha256);
             }
         }
-        let image = serde_json::to_value(&prepared.image.provenance)?;
-        let commit = commit(&ctx.repo);
-        let qemu_version = version(&prepared.boot.qemu);
         let reader = Builder::new(ctx).and_then(|builder| builder.drgn());
         let reader =
             reader.inspect_err(|error| ctx.detail(format_args!("no cycle from memory: {error}"))).ok();
         Ok(Self {
-            ctx,
-            prepared,
-            scenario,
-            control,
-            expected,
-            symbols,
-            image,
+            symbols: Symbols::from_vmlinux(&prepared.image.vmlinux)?,
+            image: serde_json::to_value(&prepared.image.provenance)?,
             binaries,
-            commit,
-            qemu_version,
+            commit: commit(&ctx.repo),
+            qemu_version: version(&prepared.boot.qemu),
             reader,
         })
+    }
+}
+
+/// All that the runs of one configuration share.
+#[derive(Debug)]
+pub(crate) struct Runner<'a> {
+    ctx: &'a Context,
+    prepared: Prepared,
+    scenario: Scenario,
+    control: Option<Control>,
+    expected: Vec<Verdict>,
+    bench: Arc<Bench>,
+    /// Group of a plan that asks for the runs.
+    group: Option<String>,
+}
+
+impl<'a> Runner<'a> {
+    /// Without any `expected` verdict, the control's or `pass` is.
+    pub(crate) fn new(
+        configured: Configured,
+        mut expected: Vec<Verdict>,
+        bench: Arc<Bench>,
+        ctx: &'a Context,
+    ) -> Self {
+        let Configured { prepared, scenario, control } = configured;
+        if expected.is_empty() {
+            expected.push(control.as_ref().map_or(Verdict::Pass, |control| control.expect));
+        }
+        Self { ctx, prepared, scenario, control, expected, bench, group: None }
+    }
+
+    /// The same for a group of a plan, which its records will name.
+    pub(crate) fn in_group(self, group: &str) -> Self {
+        Self { group: Some(group.to_owned()), ..self }
+    }
+
+    /// Verdicts that are as expected.
+    pub(crate) fn expected(&self) -> &[Verdict] {
+        &self.expected
+    }
+
+    /// The machine that it runs in.
+    pub(crate) fn prepared(&self) -> &Prepared {
+        &self.prepared
+    }
+
+    /// Id of the run with this seed, before there is one.
+    pub(crate) fn id(&self, seed: u64) -> String {
+        let (run, provenance) = self.definition(seed, &self.prepared);
+        run_id(&run, &provenance)
+    }
+
+    /// What defines the run with this seed: all of [`Run`], and of its provenance what is known beforehand.
+    fn definition(&self, seed: u64, prepared: &Prepared) -> (Run, Provenance) {
+        let spec = &prepared.boot.spec;
+        let set = match &spec.guest {
+            Guest::Run { parameters, .. } => parameters.clone(),
+            Guest::Shell => BTreeMap::new(),
+        };
+        let run = Run {
+            scenario: self.scenario.name.clone(),
+            control: self.control.as_ref().map(|control| control.name.clone()),
+            parameters: self.scenario.in_force(&set),
+            variant: prepared.image.provenance.variant.clone(),
+            preempt: spec.preempt().to_string(),
+            cpus: spec.profile.cpus,
+            gpus: spec.profile.gpus,
+            mode: self.mode().to_owned(),
+            engine: spec.engine.name().to_owned(),
+            profile: spec.profile_name.clone(),
+            seed,
+            chaos: spec.chaos.clone(),
+            memory: spec.profile.memory.to_string(),
+            vram: spec.profile.vram.to_string(),
+            append: spec.append.clone(),
+        };
+        let host = rustix::system::uname();
+        let host = [host.sysname(), host.release(), host.version(), host.machine()]
+            .map(|part| part.to_string_lossy().into_owned())
+            .join(" ");
+        let provenance = Provenance {
+            image: self.bench.image.clone(),
+            binaries: self.bench.binaries.clone(),
+            qemu_version: self.bench.qemu_version.clone(),
+            harness_version: env!("CARGO_PKG_VERSION").to_owned(),
+            harness_commit: self.bench.commit.clone(),
+            command_line: std::env::args().collect(),
+            qemu_command_line: String::new(),
+            device_command_line: None,
+            kernel_command_line: spec.kernel_command_line(),
+            host,
+        };
+        (run, provenance)
     }
 
     /// The kernel under test, for people.
@@ -163,7 +297,7 @@ impl<'a> Runner<'a> {
             *of_guest = seed;
         }
         let judge = Judge::new(self.limits());
-        let sampler = Sampler::new(self.symbols.clone());
+        let sampler = Sampler::new(self.bench.symbols.clone());
         let deterministic = prepared.boot.spec.deterministic();
         let watcher = Watcher::new(judge, sampler, &self.prepared.image.modules, deterministic);
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
@@ -194,7 +328,7 @@ impl<'a> Runner<'a> {
     /// The cycle out of the guest's memory. A machine in deterministic mode has ended by itself when the verdict is
     /// certain, and takes its memory with it.
     fn structures(&self, seen: &Seen, machine: &mut Machine) -> Option<Structures> {
-        let reader = self.reader.as_ref()?;
+        let reader = self.bench.reader.as_ref()?;
         if seen.judgement.verdict != Verdict::Livelock || self.prepared.boot.spec.deterministic() {
             return None;
         }
@@ -240,7 +374,6 @@ impl<'a> Runner<'a> {
         if judgement.verdict != Verdict::Pass && sampler.cpus() > 0 {
             record::write_samples(&folder.dir().join("samples.jsonl"), &sampler)?;
         }
-        let spec = &prepared.boot.spec;
         let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let cycle = (judgement.verdict == Verdict::Livelock).then(|| {
             Cycle::name(
@@ -251,10 +384,6 @@ impl<'a> Runner<'a> {
                 judge.progress(),
             )
         });
-        let asked = match &spec.guest {
-            Guest::Run { parameters, .. } => parameters.clone(),
-            Guest::Shell => BTreeMap::new(),
-        };
         let [hello, bound, start, done] = judge.milestones().map(|at| at.map(milliseconds));
         let text = |path: PathBuf| std::fs::read_to_string(path).ok().map(|text| text.trim_end().to_owned());
         let mut files = BTreeMap::new();
@@ -262,47 +391,22 @@ impl<'a> Runner<'a> {
             let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
             files.insert(name, record::hash(&path)?);
         }
-        let run = Run {
-            scenario: self.scenario.name.clone(),
-            control: self.control.as_ref().map(|control| control.name.clone()),
-            parameters: parameters.unwrap_or_else(|| self.scenario.in_force(&asked)),
-            variant: prepared.image.provenance.variant.clone(),
-            preempt: spec.preempt().to_string(),
-            cpus: spec.profile.cpus,
-            gpus: spec.profile.gpus,
-            mode: self.mode().to_owned(),
-            engine: spec.engine.name().to_owned(),
-            profile: spec.profile_name.clone(),
-            seed,
-            chaos: spec.chaos.clone(),
-            memory: spec.profile.memory.to_string(),
-            vram: spec.profile.vram.to_string(),
-            append: spec.append.clone(),
-        };
-        let host = rustix::system::uname();
-        let host = [host.sysname(), host.release(), host.version(), host.machine()]
-            .map(|part| part.to_string_lossy().into_owned())
-            .join(" ");
-        let provenance = Provenance {
-            image: self.image.clone(),
-            binaries: self.binaries.clone(),
-            qemu_version: self.qemu_version.clone(),
-            harness_version: env!("CARGO_PKG_VERSION").to_owned(),
-            harness_commit: self.commit.clone(),
-            command_line: std::env::args().collect(),
-            qemu_command_line: text(folder.qemu_command()).unwrap_or_default(),
-            device_command_line: text(folder.device_command()),
-            kernel_command_line: spec.kernel_command_line(),
-            host,
-        };
+        let (mut run, mut provenance) = self.definition(seed, prepared);
+        let id = run_id(&run, &provenance);
+        if let Some(parameters) = parameters {
+            run.parameters = parameters; // as the storm itself says
+        }
+        provenance.qemu_command_line = text(folder.qemu_command()).unwrap_or_default();
+        provenance.device_command_line = text(folder.device_command());
         Ok(Record {
             schema: record::SCHEMA,
-            id: run_id(&run, &provenance),
+            id,
             began: 0,
+            group: self.group.clone(),
             folder: None,
             run,
-            expected: self.expected,
-            as_expected: judgement.verdict == self.expected,
+            expected: self.expected.first().copied().unwrap_or(Verdict::Pass),
+            as_expected: self.expected.contains(&judgement.verdict),
             title: record::title(&judgement),
             identity: record::identity(&judgement, cycle.as_ref()),
             cycle,
