@@ -250,6 +250,7 @@ impl Engine {
                 .and_then(|(src, dst)| self.copy(session, src, dst, length)),
             Opcode::Fill => self.fill(session, dst, length, descriptor.pattern),
             Opcode::CopyList => self.copy_list(session, src, descriptor.count),
+            Opcode::Bind | Opcode::Invalidate | Opcode::Access => Err(Failure::Descriptor("unknown opcode")),
         };
         core.stats.bytes.add(self.bytes);
         core.stats.segments.add(self.segments);

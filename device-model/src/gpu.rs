@@ -162,7 +162,7 @@ impl Gpu {
         match target.register.offset {
             regs::ID => regs::ID_MAGIC,
             regs::VERSION => regs::INTERFACE_VERSION,
-            regs::CAPS => Caps::new(CHANNELS as u8, synchronous).0,
+            regs::CAPS => Caps::new(CHANNELS as u8, 0, synchronous).0,
             regs::STATUS => regs::STATUS_READY,
             regs::GPU_INDEX => u32::from(self.index()),
             regs::GPU_COUNT => self.core.vrams.len() as u32,

@@ -19,7 +19,7 @@ macro_rules! counters {
         impl Stats {
             /// The counters as the control socket reports them; `queued` is the caller's to know.
             pub fn snapshot(&self, queued: u64) -> GpuStats {
-                GpuStats { queued, $( $name: self.$name.get(), )* }
+                GpuStats { queued, $( $name: self.$name.get(), )* ..GpuStats::default() }
             }
         }
     };

@@ -26,11 +26,13 @@ pub const MSIX_TABLE_OFFSET: u32 = 0;
 /// Offset of the pending-bit array in the MSI-X BAR.
 pub const MSIX_PBA_OFFSET: u32 = 0x1000;
 
-/// Channels every hsgpu has.
-pub const CHANNELS: usize = 4;
-/// MSI-X vector of the device as a whole (faults, errors).
+/// Channels every hsgpu has. All can do everything; how work is spread over them is software's choice.
+pub const CHANNELS: usize = 8;
+/// MSI-X vector of the device as a whole (errors).
 pub const VECTOR_DEVICE: u16 = 0;
 /// MSI-X vector of channel 0; channel `n` has this plus `n`.
 pub const VECTOR_CHANNEL0: u16 = 1;
+/// MSI-X vector of the fault buffer.
+pub const VECTOR_FAULT: u16 = VECTOR_CHANNEL0 + CHANNELS as u16;
 /// MSI-X vectors of the function.
-pub const VECTORS: usize = 1 + CHANNELS;
+pub const VECTORS: usize = 2 + CHANNELS;

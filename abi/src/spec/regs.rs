@@ -65,6 +65,22 @@ registers! {
     VRAM_APERTURE_LO = 0x028, ReadOnly;
     #[doc = "Bytes of VRAM that BAR 2 shows, high half."]
     VRAM_APERTURE_HI = 0x02c, ReadOnly;
+    #[doc = "DMA address of the fault buffer, low half; 4 KiB aligned; writable while the buffer is disabled."]
+    FAULT_RING_LO = 0x040, ReadWrite;
+    #[doc = "DMA address of the fault buffer, high half."]
+    FAULT_RING_HI = 0x044, ReadWrite;
+    #[doc = "Log2 of the fault buffer's entries, [`FAULT_ORDER_MIN`](super::mmu::FAULT_ORDER_MIN) to [`FAULT_ORDER_MAX`](super::mmu::FAULT_ORDER_MAX); writable while disabled."]
+    FAULT_ORDER = 0x048, ReadWrite;
+    #[doc = "DMA address of the fault shadow page, low half; 4 KiB aligned; writable while disabled."]
+    FAULT_SHADOW_LO = 0x050, ReadWrite;
+    #[doc = "DMA address of the fault shadow page, high half."]
+    FAULT_SHADOW_HI = 0x054, ReadWrite;
+    #[doc = "Fault buffer control: [`FAULT_CONTROL_ENABLE`]; without a fault buffer, faults end their jobs at once."]
+    FAULT_CONTROL = 0x058, ReadWrite;
+    #[doc = "Replay: writing 1 makes every job that stalled on a fault look again; of a synchronous device, it is answered when they are done or have stalled again."]
+    FAULT_REPLAY = 0x060, WriteOnly;
+    #[doc = "Cancel: the sequence number of a fault whose jobs end with [`Status::PageFault`](super::ring::Status::PageFault)."]
+    FAULT_CANCEL = 0x064, WriteOnly;
 }
 
 /// Offset of channel 0's register block.
@@ -101,12 +117,15 @@ registers! {
 /// Value of [`ID`]: the bytes `HSGP` in memory order.
 pub const ID_MAGIC: u32 = u32::from_le_bytes(*b"HSGP");
 /// Value of [`VERSION`] that this description belongs to.
-pub const INTERFACE_VERSION: u32 = 1 << 16;
+pub const INTERFACE_VERSION: u32 = 2 << 16;
 
 /// Bit of [`STATUS`]: the device is up and answers.
 pub const STATUS_READY: u32 = 1 << 0;
 /// Bit of [`CONTROL`]: reset all channels.
 pub const CONTROL_RESET: u32 = 1 << 0;
+/// Bit of [`FAULT_CONTROL`]: report faults; setting it latches buffer and shadow page and starts at index 0, clearing it
+/// cancels what is stalled.
+pub const FAULT_CONTROL_ENABLE: u32 = 1 << 0;
 /// Bit of [`CH_CONTROL`]: run the channel; setting it latches ring and shadow page and starts at index 0.
 pub const CH_CONTROL_ENABLE: u32 = 1 << 0;
 /// Bit of [`CH_CONTROL`]: stop the channel, abort what it holds (fences complete with `Aborted`), clear the rest.
@@ -116,6 +135,8 @@ pub const CH_CONTROL_RESET: u32 = 1 << 1;
 pub const CH_STATUS_ENABLED: u32 = 1 << 0;
 /// Bit of [`CH_STATUS`]: the channel met a ring it cannot read and waits for a reset.
 pub const CH_STATUS_HALTED: u32 = 1 << 1;
+/// Bit of [`CH_STATUS`]: a job of the channel stalls on a page fault.
+pub const CH_STATUS_STALLED: u32 = 1 << 2;
 /// Lowest bit of the status code in [`CH_STATUS`].
 pub const CH_STATUS_CODE_SHIFT: u32 = 8;
 
@@ -124,16 +145,21 @@ pub const CH_STATUS_CODE_SHIFT: u32 = 8;
 pub struct Caps(pub u32);
 
 impl Caps {
-    /// A device with `channels` channels; `synchronous` if a doorbell returns with the work done.
-    pub const fn new(channels: u8, synchronous: bool) -> Self {
-        Self(channels as u32 | (synchronous as u32) << 8)
+    /// A device with `channels` channels and `spaces` address spaces; `synchronous` if a doorbell returns with the
+    /// work done.
+    pub const fn new(channels: u8, spaces: u8, synchronous: bool) -> Self {
+        Self(channels as u32 | (synchronous as u32) << 8 | (spaces as u32) << 16)
     }
     /// Number of channels.
     pub const fn channels(self) -> u8 {
         self.0 as u8
     }
-    /// Whether the write of a doorbell returns only when every descriptor before the new tail has completed, so
-    /// that fences are in memory by then. Such a device sends no completion interrupts: an interrupt would reach
+    /// Number of address spaces.
+    pub const fn spaces(self) -> u8 {
+        (self.0 >> 16) as u8
+    }
+    /// Whether the write of a doorbell returns only when every descriptor before the new tail has completed, or a job
+    /// among them stalls on a page fault, so that fences and faults are in memory by then. Such a device sends no completion interrupts: an interrupt would reach
     /// the guest at a moment that the host's clock chooses.
     pub const fn synchronous(self) -> bool {
         self.0 & (1 << 8) != 0

@@ -50,6 +50,16 @@ pub enum Opcode {
     Fill = 2,
     /// Copy every entry of the scatter list of `count` [`SgEntry`] in guest memory at `src`.
     CopyList = 3,
+    /// Bind address space `count` to the page table whose root is at `src`, with `length` 4096; or, with `length` 0, to
+    /// none. Translations of the old table are forgotten as by [`Opcode::Invalidate`].
+    Bind = 4,
+    /// Forget the translations of address space `count` for `length` bytes of virtual addresses from `dst.address` on
+    /// (aperture 0, 4 KiB aligned both), or all of its translations with `length` 0. Completes when no access made with
+    /// one of them is under way any more.
+    Invalidate = 5,
+    /// Run the [`Job`](super::job::Job) at `src` in address space `count`. A page fault stalls the channel until a
+    /// replay or a cancel.
+    Access = 6,
 }
 
 impl Opcode {
@@ -60,6 +70,9 @@ impl Opcode {
             1 => Some(Self::Copy),
             2 => Some(Self::Fill),
             3 => Some(Self::CopyList),
+            4 => Some(Self::Bind),
+            5 => Some(Self::Invalidate),
+            6 => Some(Self::Access),
             _ => None,
         }
     }
@@ -140,6 +153,12 @@ pub enum Status {
     Aborted = 5,
     /// A failure that the chaos plan asked for.
     Injected = 6,
+    /// A page fault of a job that software cancelled.
+    PageFault = 7,
+    /// VRAM that the chaos plan poisoned was read.
+    Poisoned = 8,
+    /// A job that contradicts itself or cannot be read, or an address space that does not exist or has no page table.
+    BadJob = 9,
 }
 
 impl Status {
@@ -153,6 +172,9 @@ impl Status {
             4 => Some(Self::BadList),
             5 => Some(Self::Aborted),
             6 => Some(Self::Injected),
+            7 => Some(Self::PageFault),
+            8 => Some(Self::Poisoned),
+            9 => Some(Self::BadJob),
             _ => None,
         }
     }
@@ -171,7 +193,7 @@ pub const FLAG_IRQ: u8 = 1 << 1;
 /// | 0    | 15:8  | flags |
 /// | 0    | 23:16 | source aperture |
 /// | 0    | 31:24 | destination aperture |
-/// | 0    | 63:32 | count (entries of a scatter list) |
+/// | 0    | 63:32 | count (entries of a scatter list, or ASID) |
 /// | 1    |       | source address, or DMA address of the scatter list |
 /// | 2    |       | destination address |
 /// | 3    |       | length in bytes |
@@ -185,7 +207,8 @@ pub struct Descriptor {
     pub opcode: Opcode,
     /// [`FLAG_FENCE`], [`FLAG_IRQ`].
     pub flags: u8,
-    /// Number of scatter-list entries; zero but for [`Opcode::CopyList`].
+    /// Number of scatter-list entries for [`Opcode::CopyList`]; ASID for [`Opcode::Bind`], [`Opcode::Invalidate`] and
+    /// [`Opcode::Access`]; zero for the others.
     pub count: u32,
     /// Source; for [`Opcode::CopyList`] the list itself, in [`Aperture::System`].
     pub src: Location,

@@ -41,7 +41,7 @@ pub enum Reply {
     },
 }
 
-/// Counters of one GPU since the process started. All but `queued` only grow.
+/// Counters of one GPU since the process started. All but `queued` and `stalled` only grow.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct GpuStats {
@@ -49,8 +49,11 @@ pub struct GpuStats {
     pub completions: u64,
     /// Of these, with an error status.
     pub errors: u64,
-    /// Descriptors published to the device and not completed.
+    /// Descriptors published to the device and not completed, without those of channels that are `stalled`: work that
+    /// the guest waits for.
     pub queued: u64,
+    /// Channels with a job that waits for the driver to serve a page fault, now: work that waits for the guest.
+    pub stalled: u64,
     /// Bytes copied or filled.
     pub bytes: u64,
     /// Segments copied: one a copy or fill, one an entry of a scatter list.
@@ -71,6 +74,26 @@ pub struct GpuStats {
     pub resets: u64,
     /// Times that the chaos plan struck.
     pub chaos: u64,
+    /// Accesses that jobs made.
+    pub accesses: u64,
+    /// Words that did not hold what a job said they should.
+    pub mismatches: u64,
+    /// Page faults reported in the fault buffer.
+    pub faults: u64,
+    /// Page faults that an entry in the buffer stood for already.
+    pub faults_coalesced: u64,
+    /// Page faults that found the buffer full.
+    pub faults_overflowed: u64,
+    /// Replays asked for.
+    pub replays: u64,
+    /// Jobs that were cancelled.
+    pub cancels: u64,
+    /// Translations found in the TLB.
+    pub tlb_hits: u64,
+    /// Translations read from page tables.
+    pub tlb_misses: u64,
+    /// Invalidations of translations.
+    pub tlb_invalidations: u64,
 }
 
 /// A seeded fault plan; the default does nothing.
