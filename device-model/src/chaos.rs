@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock};
 use std::time::Duration;
 
+use hmmstorm_abi::job::mix;
 use hmmstorm_abi::wire::control::Chaos;
 
 /// A plan in force, with what it has counted.
@@ -58,6 +59,11 @@ impl Plan {
         self.dead.load(Ordering::Acquire)
     }
 
+    /// Whether `channel` may not execute now.
+    pub fn holds(&self, _channel: u16) -> bool {
+        self.dead()
+    }
+
     /// How long the next descriptor has to wait; zero for not at all.
     pub fn latency(&self) -> Duration {
         self.ask(|in_force| Some(Duration::from_micros(in_force.plan.latency_us))).unwrap_or_default()
@@ -77,7 +83,7 @@ impl Plan {
     pub fn corrupts_segment(&self, length: u64) -> Option<Flip> {
         self.ask(|in_force| {
             let count = nth(&in_force.segments, in_force.plan.corrupt_every)?;
-            let random = splitmix64(in_force.plan.seed ^ splitmix64(count));
+            let random = mix(in_force.plan.seed ^ mix(count));
             let offset = (random >> 3).checked_rem(length)?;
             Some(Flip { offset, mask: 1 << (random & 7) })
         })
@@ -98,14 +104,6 @@ fn nth(counter: &AtomicU64, every: u64) -> Option<u64> {
     }
     let count = counter.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
     count.is_multiple_of(every).then_some(count)
-}
-
-/// Steele, Lea, Flood: "Fast splittable pseudorandom number generators" (2014), the output function of `SplitMix64`.
-fn splitmix64(x: u64) -> u64 {
-    let z = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ z >> 31
 }
 
 #[cfg(test)]

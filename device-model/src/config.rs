@@ -48,6 +48,10 @@ pub struct Config {
     #[arg(long, value_name = "MICROSECONDS", default_value_t = 50, value_parser = clap::value_parser!(u64).range(..=1_000_000))]
     pub poll_us: u64,
 
+    /// Translations that the TLB of each GPU holds; the fewer, the more walks, and the sooner a stale one is gone.
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    pub tlb_entries: u32,
+
     /// Faults on purpose, e.g. seed=7,corrupt-every=1000.
     #[arg(long, value_name = "KEY=VALUE,…", default_value = "", hide_default_value = true, value_parser = chaos)]
     pub chaos: Chaos,

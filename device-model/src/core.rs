@@ -1,4 +1,4 @@
-//! What the engines and channels of one GPU share: the memories, the vectors, the counters, the chaos plan.
+//! What the engines and channels of one GPU share: the memories, the MMU, the vectors, the counters, the chaos plan.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -6,8 +6,10 @@ use std::time::Duration;
 
 use crate::chaos::Plan;
 use crate::config::Mode;
+use crate::faults::Faults;
 use crate::guest_memory::GuestMemory;
 use crate::irq::Interrupts;
+use crate::mmu::Mmu;
 use crate::stats::{Complaints, Stats};
 use crate::vram::Vram;
 
@@ -24,6 +26,10 @@ pub struct Core {
     pub memory: GuestMemory,
     /// VRAM of every GPU of the process, by index.
     pub vrams: Arc<[Arc<Vram>]>,
+    /// Address spaces and TLB.
+    pub mmu: Mmu,
+    /// Page faults of jobs.
+    pub faults: Faults,
     /// MSI-X vectors.
     pub interrupts: Interrupts,
     /// The referee's counters.

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use hmmstorm_abi::mmu::ADDRESS_SPACES;
 use hmmstorm_abi::pci::{CHANNELS, MSIX_PBA_OFFSET};
 use hmmstorm_abi::regs::{self, Caps};
 use hmmstorm_abi::wire::control::{Chaos, GpuStats};
@@ -14,9 +15,11 @@ use crate::channel::Channel;
 use crate::config::Mode;
 use crate::config_space::{ConfigSpace, Effect};
 use crate::core::Core;
+use crate::faults::Channels;
+use crate::faults::buffer::BufferError;
 use crate::guest_memory::MapError;
 use crate::irq::VectorError;
-use crate::registers::{self, BadAccess, Target};
+use crate::registers::{self, BadAccess, Target, high, low, set_high, set_low};
 use crate::reset::Reset;
 use crate::vram::Vram;
 
@@ -155,21 +158,27 @@ impl Gpu {
 
     fn register(&self, target: Target) -> u32 {
         if let Some(channel) = target.channel {
-            return self.channels[channel].read(target.register.offset);
+            return self.channels[channel].read(&self.core, target.register.offset);
         }
         let synchronous = self.core.mode == Mode::Synchronous;
         let vram = self.vram().size();
         match target.register.offset {
             regs::ID => regs::ID_MAGIC,
             regs::VERSION => regs::INTERFACE_VERSION,
-            regs::CAPS => Caps::new(CHANNELS as u8, 0, synchronous).0,
+            regs::CAPS => Caps::new(CHANNELS as u8, ADDRESS_SPACES as u8, synchronous).0,
             regs::STATUS => regs::STATUS_READY,
             regs::GPU_INDEX => u32::from(self.index()),
             regs::GPU_COUNT => self.core.vrams.len() as u32,
-            regs::VRAM_SIZE_LO => vram as u32,
-            regs::VRAM_SIZE_HI => (vram >> 32) as u32,
-            regs::VRAM_APERTURE_LO => self.aperture as u32,
-            regs::VRAM_APERTURE_HI => (self.aperture >> 32) as u32,
+            regs::VRAM_SIZE_LO => low(vram),
+            regs::VRAM_SIZE_HI => high(vram),
+            regs::VRAM_APERTURE_LO => low(self.aperture),
+            regs::VRAM_APERTURE_HI => high(self.aperture),
+            regs::FAULT_RING_LO => low(self.core.faults.settings().ring),
+            regs::FAULT_RING_HI => high(self.core.faults.settings().ring),
+            regs::FAULT_ORDER => self.core.faults.settings().order,
+            regs::FAULT_SHADOW_LO => low(self.core.faults.settings().shadow),
+            regs::FAULT_SHADOW_HI => high(self.core.faults.settings().shadow),
+            regs::FAULT_CONTROL if self.core.faults.is_enabled() => regs::FAULT_CONTROL_ENABLE,
             // CONTROL holds nothing but bits that act.
             _ => 0,
         }
@@ -185,7 +194,61 @@ impl Gpu {
                 self.reset(Reset::Device);
                 Ok(())
             }
+            (regs::CONTROL, _) => Err(target.refuse(value, "unknown bits")),
+            (regs::FAULT_CONTROL, _) => self.fault_control(target, value),
+            (regs::FAULT_REPLAY, 1) => {
+                self.core.stats.replays.increment();
+                self.resume(self.core.faults.replay());
+                Ok(())
+            }
+            (regs::FAULT_REPLAY, _) => Err(target.refuse(value, "only 1 means something")),
+            (regs::FAULT_CANCEL, sequence) => {
+                self.cancel(self.core.faults.cancel(sequence));
+                Ok(())
+            }
+            (offset, _) => {
+                let changed = self.core.faults.set(|settings| match offset {
+                    regs::FAULT_RING_LO => set_low(&mut settings.ring, value),
+                    regs::FAULT_RING_HI => set_high(&mut settings.ring, value),
+                    regs::FAULT_ORDER => settings.order = value,
+                    regs::FAULT_SHADOW_LO => set_low(&mut settings.shadow, value),
+                    regs::FAULT_SHADOW_HI => set_high(&mut settings.shadow, value),
+                    _ => {}
+                });
+                let busy = target.refuse(value, "writable only while the fault buffer is disabled");
+                if changed { Ok(()) } else { Err(busy) }
+            }
+        }
+    }
+
+    fn fault_control(&self, target: Target, value: u32) -> Result<(), BadAccess> {
+        match value {
+            regs::FAULT_CONTROL_ENABLE => self.core.faults.enable(&self.core).map_err(|error| {
+                if matches!(error, BufferError::Dma(_)) {
+                    self.core.stats.dma_faults.increment();
+                }
+                target.refuse(value, error.why())
+            }),
+            0 => {
+                self.cancel(self.core.faults.disable());
+                Ok(())
+            }
             _ => Err(target.refuse(value, "unknown bits")),
+        }
+    }
+
+    /// Lets the jobs of `channels` end, whose page faults were cancelled.
+    fn cancel(&self, channels: Channels) {
+        self.core.stats.cancels.add(channels.count());
+        self.resume(channels);
+    }
+
+    /// Lets the jobs of `channels` go on, whose page faults were decided.
+    fn resume(&self, channels: Channels) {
+        for (index, channel) in self.channels.iter().enumerate() {
+            if channels.has(index) {
+                channel.resume(&self.core);
+            }
         }
     }
 
@@ -249,6 +312,8 @@ impl Gpu {
         for channel in &self.channels {
             channel.reset(&self.core, scope.held);
         }
+        self.core.faults.reset();
+        self.core.mmu.clear();
         if scope.function {
             self.core.interrupts.clear_pending();
             *self.config.lock().unwrap_or_else(PoisonError::into_inner) = ConfigSpace::new(self.aperture);
@@ -273,7 +338,7 @@ impl Gpu {
     /// The referee's view.
     pub fn stats(&self) -> GpuStats {
         let queued = self.channels.iter().map(|channel| channel.queued(&self.core)).sum();
-        self.core.stats.snapshot(queued)
+        self.core.stats.snapshot(queued, self.core.faults.pending())
     }
 
     /// The worker of channel `index`; returns after [`Gpu::stop`].

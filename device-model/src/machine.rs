@@ -12,9 +12,11 @@ use hmmstorm_abi::wire::control::{Chaos, GpuStats};
 use crate::chaos::Plan;
 use crate::config::{Config, Mode};
 use crate::core::Core;
+use crate::faults::Faults;
 use crate::gpu::Gpu;
 use crate::guest_memory::GuestMemory;
 use crate::irq::Interrupts;
+use crate::mmu::Mmu;
 use crate::stats::{Complaints, Stats};
 use crate::vram::{Vram, VramError};
 
@@ -56,6 +58,8 @@ impl Machine {
                 poll: Duration::from_micros(config.poll_us),
                 memory: GuestMemory::default(),
                 vrams: Arc::clone(&vrams),
+                mmu: Mmu::new(config.tlb_entries as usize),
+                faults: Faults::default(),
                 interrupts: Interrupts::default(),
                 stats: Stats::default(),
                 complaints: Complaints::default(),

@@ -93,6 +93,26 @@ impl Target {
     }
 }
 
+/// What a register with the low half of `value` reads as.
+pub const fn low(value: u64) -> u32 {
+    value as u32
+}
+
+/// What a register with the high half of `value` reads as.
+pub const fn high(value: u64) -> u32 {
+    (value >> 32) as u32
+}
+
+/// Writes the low half of `value`.
+pub fn set_low(value: &mut u64, half: u32) {
+    *value = *value & !0xffff_ffff | u64::from(half);
+}
+
+/// Writes the high half of `value`.
+pub fn set_high(value: &mut u64, half: u32) {
+    *value = *value & 0xffff_ffff | u64::from(half) << 32;
+}
+
 /// The register tables of the hardware manual, in Markdown.
 pub fn manual() -> String {
     let mut text = String::new();

@@ -17,9 +17,10 @@ macro_rules! counters {
         }
 
         impl Stats {
-            /// The counters as the control socket reports them; `queued` is the caller's to know.
-            pub fn snapshot(&self, queued: u64) -> GpuStats {
-                GpuStats { queued, $( $name: self.$name.get(), )* ..GpuStats::default() }
+            /// The counters as the control socket reports them; what is `queued` and `stalled` now is the caller's to
+            /// know.
+            pub fn snapshot(&self, queued: u64, stalled: u64) -> GpuStats {
+                GpuStats { queued, stalled, $( $name: self.$name.get(), )* }
             }
         }
     };
@@ -50,6 +51,26 @@ counters! {
     resets
     /// Times that the chaos plan struck.
     chaos
+    /// Accesses that jobs made.
+    accesses
+    /// Words that did not hold what a job said they should.
+    mismatches
+    /// Page faults reported in the fault buffer.
+    faults
+    /// Page faults that an entry in the buffer stood for already.
+    faults_coalesced
+    /// Page faults that found the buffer full.
+    faults_overflowed
+    /// Replays asked for.
+    replays
+    /// Jobs that were cancelled.
+    cancels
+    /// Translations found in the TLB.
+    tlb_hits
+    /// Translations read from page tables.
+    tlb_misses
+    /// Invalidations of translations.
+    tlb_invalidations
 }
 
 /// A number that only grows, shared by all threads.

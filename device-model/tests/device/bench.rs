@@ -8,6 +8,7 @@ use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
 use clap::Parser;
+use hmmstorm_abi::pci::CHANNELS;
 use hmmstorm_abi::regs;
 use hmmstorm_abi::ring::{
     Descriptor, FENCE_STATUS, SHADOW_EVENT, SHADOW_HEAD, SHADOW_TAIL, Status, needs_doorbell,
@@ -22,7 +23,7 @@ use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 /// Where RAM begins in DMA addresses: not at 0, so that a stray small address meets nothing.
 pub(crate) const RAM: u64 = 0x4000_0000;
 /// Pages of RAM that rings, shadow pages and fences of [`Driver`] take: 16 a channel.
-pub(crate) const RESERVED: u64 = 4 * 16 * 4096;
+pub(crate) const RESERVED: u64 = CHANNELS as u64 * 16 * 4096;
 
 /// How long anything may take before a test gives up. Nothing waits this long unless the device is broken.
 const PATIENCE: Duration = Duration::from_secs(60);

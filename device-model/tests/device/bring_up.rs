@@ -15,7 +15,7 @@ fn a_gpu_says_what_it_is() {
     let gpu = bench.gpu(1);
     assert_eq!(read_reg(gpu, regs::ID), regs::ID_MAGIC);
     assert_eq!(read_reg(gpu, regs::VERSION), regs::INTERFACE_VERSION);
-    assert_eq!(read_reg(gpu, regs::CAPS), Caps::new(CHANNELS as u8, 0, true).0);
+    assert_eq!(read_reg(gpu, regs::CAPS), Caps::new(CHANNELS as u8, 64, true).0);
     assert_eq!(read_reg(gpu, regs::STATUS), regs::STATUS_READY);
     assert_eq!((read_reg(gpu, regs::GPU_INDEX), read_reg(gpu, regs::GPU_COUNT)), (1, 2));
     assert_eq!((read_reg(gpu, regs::VRAM_SIZE_LO), read_reg(gpu, regs::VRAM_SIZE_HI)), (4 << 20, 0));

@@ -64,7 +64,7 @@ fn word() -> impl Strategy<Value = u64> {
 fn first_word() -> impl Strategy<Value = u64> {
     let aperture = prop_oneof![Just(0_u64), Just(1), 0x10_u64..0x13, 0_u64..256];
     let count = prop_oneof![3 => Just(0_u64), 1 => 0_u64..5000, 1 => 0_u64..1 << 32];
-    (0_u64..5, 0_u64..5, aperture.clone(), aperture, count).prop_map(|(opcode, flags, src, dst, count)| {
+    (0_u64..8, 0_u64..5, aperture.clone(), aperture, count).prop_map(|(opcode, flags, src, dst, count)| {
         opcode | flags << 8 | src << 16 | dst << 24 | count << 32
     })
 }
@@ -157,7 +157,7 @@ fn access() -> impl Strategy<Value = (Region, u64, Vec<u8>, bool)> {
         (0..CHANNELS, 0_usize..0x28).prop_map(|(channel, at)| regs::channel_reg(channel, at & !3) as u64);
     let offset = prop_oneof![
         6 => channel_register,
-        1 => 0_u64..0x30,
+        2 => (0_u64..0x70).prop_map(|at| at & !3),
         1 => 0..BAR_REGS_SIZE as u64 + 8,
         1 => any::<u64>(),
     ];
