@@ -90,7 +90,9 @@ impl State {
 
     fn device(&mut self, gpus: Vec<GpuStats>, no_progress: Duration) {
         let total = |gpus: &[GpuStats], count: fn(&GpuStats) -> u64| gpus.iter().map(count).sum::<u64>();
-        let completed = total(&gpus, |gpu| gpu.completions) > total(&self.device, |gpu| gpu.completions);
+        // A long job completes once, but each of its accesses is progress.
+        let done = |gpu: &GpuStats| gpu.completions + gpu.accesses;
+        let completed = total(&gpus, done) > total(&self.device, done);
         let queued = total(&gpus, |gpu| gpu.queued) > 0;
         if completed {
             self.progressed(no_progress);
@@ -213,5 +215,10 @@ impl State {
     /// Descriptors that the device has not completed.
     pub(super) fn queued(&self) -> u64 {
         self.device.iter().map(|gpu| gpu.queued).sum()
+    }
+
+    /// Channels whose job waits for the driver to serve a page fault: the guest's work, not the device's.
+    pub(super) fn stalled(&self) -> u64 {
+        self.device.iter().map(|gpu| gpu.stalled).sum()
     }
 }

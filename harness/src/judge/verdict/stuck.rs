@@ -112,11 +112,7 @@ pub(super) fn examine(state: &State, limits: &Limits, host: Duration) -> Option<
             evidence,
         });
     }
-    evidence.push(Evidence::new(
-        Source::Device,
-        Weight::For,
-        format!("{} descriptors completed, none queued: the GPU waits for the guest", state.completions()),
-    ));
+    evidence.push(Evidence::new(Source::Device, Weight::For, device_waits(state)));
     if !spinning.is_empty() {
         return Some(livelock(state, &spinning, &for_long, evidence));
     }
@@ -297,6 +293,17 @@ fn heartbeat(state: &State) -> Evidence {
         Some(_) => format!("the storm's heartbeat has been silent for {silence:.1} s of guest time"),
     };
     Evidence::new(Source::Storm, Weight::Note, says)
+}
+
+/// What a device without queued work says for itself.
+fn device_waits(state: &State) -> String {
+    let done = format!("{} descriptors completed, none queued", state.completions());
+    match state.stalled() {
+        0 => format!("{done}: the GPU waits for the guest"),
+        stalled => format!(
+            "{done}, {stalled} jobs stalled on page faults: the GPU waits for the guest to serve them"
+        ),
+    }
 }
 
 fn unclear(state: &State) -> String {

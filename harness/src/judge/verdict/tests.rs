@@ -410,6 +410,19 @@ fn a_device_that_holds_work_is_named_before_anything_the_guest_does() {
     }
 }
 
+/// A job that waits for the guest to serve its page fault is the guest's work: whoever keeps the driver from it is
+/// the one to name.
+#[test]
+fn a_stalled_job_is_no_device_stall() {
+    let mut run = Run::new(limits());
+    run.stats.stalled = 1;
+    run.stall().samples(&[idle(0), idle(1), idle(2), idle(3)]).hung_task();
+    let judgement = run.decide().expect("a judgement");
+    assert_eq!(judgement.verdict, Verdict::Deadlock, "{judgement:#?}");
+    let says = |evidence: &Evidence| evidence.says.contains("1 jobs stalled on page faults");
+    assert!(judgement.evidence.iter().any(says), "{judgement:#?}");
+}
+
 #[test]
 fn a_queue_that_moves_is_no_stall() {
     let mut run = Run::new(limits());
