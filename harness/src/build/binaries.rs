@@ -9,6 +9,7 @@ use object::{Endianness, elf};
 
 use super::cache::Lock;
 use super::error::IoContext;
+use super::hash::Key;
 use super::process::{Job, guarded};
 use super::progress::Unit;
 use super::{BuildError, Cache, Progress, hash};
@@ -29,18 +30,24 @@ const FOREIGN: [&str; 8] = [
 
 /// The device's program, up to date with its source.
 pub fn device(repo: &Path, cache: &Cache, progress: &Progress) -> Result<PathBuf, BuildError> {
-    let target_dir = cache.path("cargo/device");
+    let target_dir = cache.path("cargo/device").join(checkout(repo));
     let _lock = cargo(repo, "hmmstorm-device", &target_dir, None, cache, progress)?;
     keep(&target_dir.join("release/hmmstorm-device"), cache)
 }
 
 /// The guest's PID 1, up to date with its source: a static binary.
 pub fn storm(repo: &Path, cache: &Cache, progress: &Progress) -> Result<PathBuf, BuildError> {
-    let target_dir = cache.path("cargo/guest");
+    let target_dir = cache.path("cargo/guest").join(checkout(repo));
     let _lock = cargo(repo, "storm", &target_dir, Some(GUEST_TARGET), cache, progress)?;
     let program = target_dir.join(GUEST_TARGET).join("release/storm");
     require_static(&program)?;
     keep(&program, cache)
+}
+
+/// One folder per checkout: cargo tells the workspace's own crates apart by their place in it, and goes by the times of
+/// files, so it would take another checkout's newer `abi` for this one's.
+fn checkout(repo: &Path) -> String {
+    Key::new("cargo-1").with("path", repo.as_os_str().as_encoded_bytes()).short()
 }
 
 /// Copies a program to a place named after its content: the next checkout to build would put its own where cargo left

@@ -55,6 +55,8 @@ enum Command {
     Conformance(commands::conformance::Args),
     /// Run a plan of many cells and seeds, and take up what was interrupted
     Matrix(commands::matrix::Args),
+    /// Bring guests into known states, and check that each gets its right verdict
+    Selftest(commands::selftest::Args),
     /// Boot the guest under gdb, kernel and driver symbols loaded
     Gdb(commands::gdb::Args),
     /// List what there is to choose from
@@ -121,6 +123,7 @@ fn dispatch(command: Command, ctx: &Context) -> Result<Outcome, Error> {
         Command::Storm(args) => commands::storm::run(args, ctx),
         Command::Conformance(args) => commands::conformance::run(args, ctx),
         Command::Matrix(args) => commands::matrix::run(args, ctx),
+        Command::Selftest(args) => commands::selftest::run(args, ctx),
         Command::Gdb(args) => commands::gdb::run(args, ctx),
         Command::List(args) => commands::list::run(args, ctx),
         Command::KvmProbe => Ok(kvm_probe()),

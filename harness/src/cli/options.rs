@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
+use hmmstorm_abi::wire::control::Chaos;
 
 /// Which kernel, and what is done to it.
 #[derive(Args, Clone, Debug, Default)]
@@ -66,6 +67,9 @@ pub struct MachineArgs {
     /// Fault plan of the device, as KEY=VALUE[,KEY=VALUE]
     #[arg(long, value_name = "PLAN", value_parser = chaos)]
     pub chaos: Option<String>,
+    /// Fault plan that the device gets when the scenario begins, in place of --chaos
+    #[arg(long, value_name = "PLAN", value_parser = chaos_plan)]
+    pub chaos_at_start: Option<Chaos>,
     /// QEMU of your own: 10.1 or later, with vfio-user-pci
     #[arg(long, value_name = "PROGRAM")]
     pub qemu: Option<PathBuf>,
@@ -82,8 +86,7 @@ pub struct MachineArgs {
 
 /// Checks the keys of a fault plan before anything is built; the device checks the values.
 fn chaos(plan: &str) -> Result<String, String> {
-    let known =
-        serde_json::to_value(hmmstorm_abi::wire::control::Chaos::default()).map_err(|e| e.to_string())?;
+    let known = serde_json::to_value(Chaos::default()).map_err(|e| e.to_string())?;
     let known: Vec<_> = known.as_object().into_iter().flat_map(|keys| keys.keys()).collect();
     for pair in plan.split(',') {
         let (key, _) = pair.split_once('=').ok_or_else(|| format!("'{pair}' is not KEY=VALUE"))?;
@@ -92,6 +95,18 @@ fn chaos(plan: &str) -> Result<String, String> {
         }
     }
     Ok(plan.to_owned())
+}
+
+/// A fault plan that the harness itself hands to the device, at run time.
+fn chaos_plan(text: &str) -> Result<Chaos, String> {
+    let text = chaos(text)?;
+    let mut plan = serde_json::Map::new();
+    for (key, value) in text.split(',').filter_map(|pair| pair.split_once('=')) {
+        let value = serde_json::from_str(value)
+            .map_err(|_| format!("'{value}' is neither a number nor true or false"))?;
+        plan.insert(key.to_owned(), value);
+    }
+    serde_json::from_value(plan.into()).map_err(|error| error.to_string())
 }
 
 /// What runs the guest's code.

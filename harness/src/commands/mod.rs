@@ -8,5 +8,6 @@ pub mod list;
 pub mod matrix;
 pub mod prepare;
 pub mod run;
+pub mod selftest;
 pub mod setup;
 pub mod storm;

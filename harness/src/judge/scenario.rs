@@ -40,6 +40,8 @@ struct Needs {
     #[serde(default)]
     command_line: Vec<String>,
     vram: Option<Size>,
+    #[serde(default)]
+    vfio: bool,
     memory: Option<Size>,
 }
 
@@ -246,6 +248,12 @@ impl Scenario {
     #[must_use]
     pub fn command_line(&self) -> &[String] {
         &self.needs.command_line
+    }
+
+    /// Whether the GPUs are user space's, through vfio-pci.
+    #[must_use]
+    pub fn vfio(&self) -> bool {
+        self.needs.vfio
     }
 
     /// VRAM of each GPU, unless the user says otherwise.

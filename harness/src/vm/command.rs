@@ -140,7 +140,12 @@ pub fn qemu(
     // pvpanic only reports: the kernel has more to print after it has rung.
     line.pair("-action", "panic=none");
 
-    line.pair("-machine", "q35,memory-backend=m0");
+    // KVM's own interrupt controller knows nothing of interrupt remapping.
+    let split = spec.vfio && spec.engine == Engine::Kvm;
+    line.pair(
+        "-machine",
+        if split { "q35,memory-backend=m0,kernel-irqchip=split" } else { "q35,memory-backend=m0" },
+    );
     // The device maps guest memory, hence a memfd that both sides share.
     line.pair("-object", format!("memory-backend-memfd,id=m0,size={},share=on", spec.profile.memory));
     line.pair("-smp", spec.profile.cpus.to_string());
@@ -158,6 +163,10 @@ pub fn qemu(
         }
     }
 
+    if spec.vfio {
+        // Before every device that stands behind it. Caching mode tells vfio-user of every mapping.
+        line.pair("-device", "intel-iommu,intremap=on,caching-mode=on");
+    }
     line.pair("-kernel", &boot.kernel);
     line.pair("-initrd", &boot.initramfs);
     line.pair("-append", spec.kernel_command_line());
@@ -324,6 +333,21 @@ mod tests {
         assert_eq!(values(&words, "-cpu"), ["host"]);
         assert!(!values(&words, "-device").iter().any(|d| d.contains("vfio-user-pci")));
         assert!(!values(&words, "-append")[0].contains("storm.modules"));
+    }
+
+    #[test]
+    fn gpus_for_vfio_stand_behind_an_iommu() {
+        let mut spec = spec(&MachineArgs::default(), Engine::Tcg);
+        spec.give_gpus_to_vfio();
+        let words = words(&spec);
+        let devices = values(&words, "-device");
+        assert!(devices[0].starts_with("intel-iommu"), "{devices:?}");
+        assert_eq!(devices.iter().filter(|d| d.contains("vfio-user-pci")).count(), 2);
+        let append = values(&words, "-append")[0];
+        for part in ["storm.gpus=0", "intel_iommu=on"] {
+            assert!(append.split(' ').any(|p| p == part), "{part} in {append}");
+        }
+        assert!(append.contains("vfio-pci") && !append.contains("hsgpu"), "{append}");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use abi::wire::control::Chaos;
 use abi::wire::event::cmdline;
 use hmmstorm_abi as abi;
 
@@ -92,13 +93,20 @@ pub struct Spec {
     pub console: Console,
     /// Fault plan of the device, in its own notation.
     pub chaos: Option<String>,
+    /// Fault plan that it gets when the scenario begins.
+    pub chaos_at_start: Option<Chaos>,
     /// Whether the guest waits for gdb before its first instruction; mutes the detectors.
     pub gdb: bool,
     /// Further kernel parameters, after all others.
     pub append: Vec<String>,
     /// Modules that the guest loads, in order.
     pub modules: Vec<String>,
+    /// The GPUs stand behind an emulated IOMMU, for vfio-pci in the guest; no driver makes nodes for them.
+    pub vfio: bool,
 }
+
+/// What vfio-pci is made of, in the order in which it can be loaded.
+const VFIO_MODULES: [&str; 5] = ["irqbypass", "vfio", "vfio_iommu_type1", "vfio-pci-core", "vfio-pci"];
 
 /// Why wishes cannot be met.
 #[derive(Debug, thiserror::Error)]
@@ -130,7 +138,7 @@ impl Spec {
             let why = "--deterministic counts instructions, which KVM cannot: leave out --accel kvm";
             return Err(Error::Contradiction(why.into()));
         }
-        if args.chaos.is_some() && profile.gpus == 0 {
+        if (args.chaos.is_some() || args.chaos_at_start.is_some()) && profile.gpus == 0 {
             return Err(Error::Contradiction("--chaos needs a GPU, and there are none (--gpus 0)".into()));
         }
         let clock = if args.deterministic {
@@ -149,10 +157,18 @@ impl Spec {
             guest,
             console: Console::Log,
             chaos: args.chaos.clone(),
+            chaos_at_start: args.chaos_at_start.clone(),
             gdb: false,
             append: args.append.clone(),
             modules,
+            vfio: false,
         })
+    }
+
+    /// Leaves the GPUs to user space in the guest, through vfio-pci.
+    pub fn give_gpus_to_vfio(&mut self) {
+        self.modules = VFIO_MODULES.map(String::from).to_vec();
+        self.vfio = true;
     }
 
     /// Whether equal runs give equal bytes.
@@ -175,7 +191,10 @@ impl Spec {
             let panic = self.deterministic() && self.profile.deterministic.panic_on_soft_lockup;
             parts.extend(self.profile.detectors.command_line(panic));
         }
-        parts.push(format!("{}={}", cmdline::GPUS, self.profile.gpus));
+        parts.push(format!("{}={}", cmdline::GPUS, if self.vfio { 0 } else { self.profile.gpus }));
+        if self.vfio {
+            parts.push("intel_iommu=on".into());
+        }
         if !self.modules.is_empty() {
             parts.push(format!("{}={}", cmdline::MODULES, self.modules.join(",")));
         }

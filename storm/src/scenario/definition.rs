@@ -56,6 +56,9 @@ pub(crate) struct Needs {
     #[serde(default)]
     #[expect(dead_code, reason = "read by the host; declared so that a misspelt key is an error here too")]
     pub(crate) vram: Option<String>,
+    /// The GPUs are on vfio-pci behind an IOMMU; the host sees to it.
+    #[serde(default)]
+    pub(crate) vfio: bool,
     /// Guest memory unless the user says otherwise; the host sees to it.
     #[serde(default)]
     #[expect(dead_code, reason = "read by the host; declared so that a misspelt key is an error here too")]

@@ -7,7 +7,9 @@ mod drain_livelock;
 mod evict_pressure;
 mod gate;
 mod kunit;
+mod selftest;
 mod smoke;
+mod vfio_selftest;
 
 use thiserror::Error;
 
@@ -120,7 +122,7 @@ pub(crate) enum ScenarioError {
 type Build = fn(&Parameters, Machine) -> Result<Box<dyn Workload>, ScenarioError>;
 
 /// Each scenario's definition and constructor.
-const SCENARIOS: [(&str, Build); 6] = [
+const SCENARIOS: [(&str, Build); 8] = [
     (include_str!("../../scenarios/drain-livelock.toml"), |p, m| {
         Ok(Box::new(drain_livelock::DrainLivelock::new(p, m)?))
     }),
@@ -131,6 +133,10 @@ const SCENARIOS: [(&str, Build); 6] = [
     (include_str!("../../scenarios/boot.toml"), |_, _| Ok(Box::new(boot::Boot))),
     (include_str!("../../scenarios/kunit.toml"), |p, _| Ok(Box::new(kunit::Kunit::new(p)))),
     (include_str!("../../scenarios/conformance.toml"), |p, _| Ok(Box::new(conformance::Conformance::new(p)))),
+    (include_str!("../../scenarios/selftest.toml"), |p, _| Ok(Box::new(selftest::Selftest::new(p)))),
+    (include_str!("../../scenarios/vfio-selftest.toml"), |p, _| {
+        Ok(Box::new(vfio_selftest::VfioSelftest::new(p)))
+    }),
 ];
 
 /// The definitions of all scenarios.
@@ -171,6 +177,8 @@ pub(crate) fn prepare<'a>(
     let control = control.map(|control| definition.control(control)).transpose()?;
     let parameters = definition.parameters(control, overrides)?;
     let needs = &definition.needs;
+    // A GPU on vfio-pci has no node; the workload finds it on the bus.
+    let machine = if needs.vfio { Machine { gpus: needs.gpus, ..machine } } else { machine };
     for (what, needed, found) in [("GPU", needs.gpus, machine.gpus), ("CPU", needs.cpus, machine.cpus)] {
         if found < needed {
             return Err(ScenarioError::Machine { scenario: name.to_owned(), needed, what, found });
@@ -207,7 +215,7 @@ mod tests {
         let error = prepare("drain", None, [], MACHINE).expect_err("unknown").to_string();
         assert_eq!(
             error,
-            "there is no scenario `drain`; there are: drain-livelock, smoke, evict-pressure, boot, kunit, conformance"
+            "there is no scenario `drain`; there are: drain-livelock, smoke, evict-pressure, boot, kunit, conformance, selftest, vfio-selftest"
         );
     }
 

@@ -5,3 +5,4 @@ pub(crate) mod ioctl;
 pub(crate) mod memory;
 pub(crate) mod process;
 pub(crate) mod usage;
+pub(crate) mod vfio;

@@ -22,7 +22,7 @@ use crate::judge::symbols::Symbols;
 use crate::judge::verdict::{Judge, Limits, Phase, SETTLE, Verdict};
 use crate::records::id::run_id;
 use crate::vm::command::QemuProgram;
-use crate::vm::{self, Guest, Machine, RunFolder, ram};
+use crate::vm::{self, Guest, Machine, RunFolder, Spec, ram};
 
 /// A scenario set up for a kernel and a machine, with every wish checked.
 #[derive(Clone, Debug)]
@@ -75,8 +75,18 @@ pub(crate) fn configure(
     let guest = Guest::Run { scenario: scenario.name.clone(), seed, parameters };
     let mut prepared = prepare_with(&machine, guest, ctx, programs)?;
     prepared.boot.spec.append.splice(0..0, scenario.command_line().iter().cloned());
+    if scenario.vfio() {
+        prepared.boot.spec.give_gpus_to_vfio();
+    }
     scenario.fits(prepared.boot.spec.profile.cpus, prepared.boot.spec.profile.gpus).map_err(usage)?;
     Ok(Configured { prepared, scenario, control })
+}
+
+/// The fault plans in force, as a record has them.
+fn chaos(spec: &Spec) -> Option<String> {
+    let late = spec.chaos_at_start.as_ref().and_then(|plan| serde_json::to_string(plan).ok());
+    let late = late.map(|plan| format!("at-start:{plan}"));
+    spec.chaos.iter().cloned().chain(late).reduce(|plans, late| format!("{plans} {late}"))
 }
 
 pub(crate) fn usage(error: scenario::Error) -> Error {
@@ -192,7 +202,7 @@ impl<'a> Runner<'a> {
             engine: spec.engine.name().to_owned(),
             profile: spec.profile_name.clone(),
             seed,
-            chaos: spec.chaos.clone(),
+            chaos: chaos(spec),
             memory: spec.profile.memory.to_string(),
             vram: spec.profile.vram.to_string(),
             append: spec.append.clone(),
@@ -300,6 +310,7 @@ impl<'a> Runner<'a> {
         let sampler = Sampler::new(self.bench.symbols.clone());
         let deterministic = prepared.boot.spec.deterministic();
         let watcher = Watcher::new(judge, sampler, &self.prepared.image.modules, deterministic);
+        let watcher = watcher.chaos_at_start(prepared.boot.spec.chaos_at_start.clone());
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
         let began = Instant::now();
         let mut structures = None;

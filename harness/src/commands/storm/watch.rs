@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use hmmstorm_abi::wire::control::GpuStats;
+use hmmstorm_abi::wire::control::{Chaos, GpuStats};
 use hmmstorm_abi::wire::event::{Event, Measured, Record};
 
 use crate::cli::Error;
@@ -82,6 +82,7 @@ pub(super) struct Watcher<'a> {
     sampler: Sampler,
     modules: &'a BTreeMap<String, PathBuf>,
     deterministic: bool,
+    chaos_at_start: Option<Chaos>,
     scanner: Scanner,
     console_grew: bool,
     device: Vec<GpuStats>,
@@ -106,6 +107,7 @@ impl<'a> Watcher<'a> {
             sampler,
             modules,
             deterministic,
+            chaos_at_start: None,
             scanner: Scanner::new(),
             console_grew: false,
             device: Vec::new(),
@@ -116,6 +118,11 @@ impl<'a> Watcher<'a> {
             failing: None,
             warnings: Vec::new(),
         }
+    }
+
+    /// The device gets this fault plan when the scenario begins.
+    pub(super) fn chaos_at_start(self, plan: Option<Chaos>) -> Self {
+        Self { chaos_at_start: plan, ..self }
     }
 
     /// Watches until the verdict is certain. `progress` is called at every look, `listen` with each of the storm's records. The machine may still run afterwards.
@@ -132,7 +139,14 @@ impl<'a> Watcher<'a> {
             match machine.next(next) {
                 Ok(Occurrence::Record(record)) => {
                     listen(&record);
+                    let begins = matches!(record.event, Event::Start { .. });
                     self.record(record, started.elapsed());
+                    if let Some(plan) = self.chaos_at_start.take_if(|_| begins)
+                        && let Some(device) = machine.device()
+                        && let Err(error) = device.chaos(None, plan)
+                    {
+                        return Ok(self.ended(Ended::BenchFailed(error.to_string()), started.elapsed()));
+                    }
                 }
                 Ok(Occurrence::BadRecord { line, why }) => {
                     self.garbled.get_or_insert(format!("{why}: {line:.200}"));
