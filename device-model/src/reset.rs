@@ -7,6 +7,8 @@
 //! | function | FLR, the VMM's reset | all | dropped | cleared | cleared | kept | kept |
 //! | power | the VMM is gone | all | dropped | cleared | cleared | dropped | zeroed |
 //!
+//! All but the first also unbind every address space, forget the TLB, and turn the fault buffer off.
+//!
 //! The chaos plan and the statistics belong to the bench and outlive every reset.
 
 /// What happens to descriptors that a channel holds when it is stopped.
