@@ -6,6 +6,8 @@ use std::str::FromStr;
 use clap::{Parser, ValueEnum};
 use hmmstorm_abi::wire::control::Chaos;
 
+use crate::chaos::check;
+
 /// Smallest VRAM and smallest aperture: the granularity of memory BARs on many root ports.
 const SIZE_MIN: u64 = 1 << 20;
 /// Largest VRAM: what 40-bit guest physical addresses leave room for, for one GPU.
@@ -122,7 +124,9 @@ fn chaos(text: &str) -> Result<Chaos, String> {
             .map_err(|_| format!("'{value}' is neither a number nor true or false"))?;
         plan.insert(key.replace('-', "_"), value);
     }
-    serde_json::from_value(plan.into()).map_err(|error| error.to_string())
+    let plan = serde_json::from_value(plan.into()).map_err(|error| error.to_string())?;
+    check(&plan)?;
+    Ok(plan)
 }
 
 #[cfg(test)]
@@ -160,6 +164,9 @@ mod tests {
         let plan = Chaos { seed: 7, corrupt_every: 1000, dead: true, ..Chaos::default() };
         assert_eq!(chaos("seed=7,corrupt-every=1000,dead=true"), Ok(plan));
         assert_eq!(chaos(""), Ok(Chaos::default()));
+        let plan = Chaos { hang_channel: Some(3), exponential: true, ..Chaos::default() };
+        assert_eq!(chaos("hang-channel=3,exponential=true"), Ok(plan));
+        assert!(chaos("hang-channel=8").expect_err("no such channel").contains("channels are 0 to 7"));
         assert!(chaos("sed=7").expect_err("no such key").contains("sed"));
         assert!(chaos("seed").is_err());
         assert!(chaos("seed=x").is_err());

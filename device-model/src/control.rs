@@ -14,6 +14,7 @@ use std::thread;
 use hmmstorm_abi::wire::control::{Reply, Request};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
+use crate::chaos::check;
 use crate::machine::Machine;
 use crate::transport::{SocketError, listen};
 
@@ -187,14 +188,14 @@ fn event_data(fd: RawFd) -> u64 {
 fn answer(machine: &Machine, request: Request) -> Reply {
     match request {
         Request::Stats => Reply::Stats { gpus: machine.stats() },
-        Request::Chaos { gpu, plan } => {
-            if machine.set_chaos(gpu, &plan) {
-                Reply::Ok
-            } else {
+        Request::Chaos { gpu, plan } => match check(&plan) {
+            Ok(()) if machine.set_chaos(gpu, &plan) => Reply::Ok,
+            Ok(()) => {
                 let (gpu, count) = (gpu.unwrap_or_default(), machine.gpus().len());
                 Reply::Error { message: format!("no GPU {gpu}: there are {count}") }
             }
-        }
+            Err(message) => Reply::Error { message },
+        },
         Request::Shutdown => Reply::Ok,
     }
 }

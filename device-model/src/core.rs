@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use crate::chaos::Plan;
+use crate::chaos::late::Late;
+use crate::chaos::order::Order;
+use crate::chaos::{InterruptFate, Plan};
 use crate::config::Mode;
 use crate::faults::Faults;
 use crate::guest_memory::GuestMemory;
@@ -31,7 +33,11 @@ pub struct Core {
     /// Page faults of jobs.
     pub faults: Faults,
     /// MSI-X vectors.
-    pub interrupts: Interrupts,
+    pub interrupts: Arc<Interrupts>,
+    /// Interrupts that the chaos plan delays.
+    pub late: Late,
+    /// Channels that the chaos plan makes wait for one another.
+    pub order: Order,
     /// The referee's counters.
     pub stats: Stats,
     /// What the log says about the guest.
@@ -48,17 +54,37 @@ impl Core {
         &self.vrams[usize::from(self.index)]
     }
 
-    /// Raises an interrupt, unless the chaos plan loses it. A synchronous device has none.
+    /// Raises an interrupt, as far as the chaos plan lets it. A synchronous device has none.
     pub fn raise(&self, vector: u16) {
         if self.mode == Mode::Synchronous {
             return;
         }
-        if self.chaos.drops_interrupt() {
+        let fate = self.chaos.interrupt();
+        if fate != InterruptFate::Raised {
             self.stats.chaos.increment();
-            return;
         }
-        self.stats.interrupts.increment();
-        self.interrupts.raise(vector);
+        let times = match fate {
+            InterruptFate::Dropped => return,
+            InterruptFate::Late(time) => {
+                self.stats.interrupts.increment();
+                return self.late.raise(vector, time);
+            }
+            InterruptFate::Raised => 1,
+            InterruptFate::Doubled => 2,
+        };
+        for _ in 0..times {
+            self.stats.interrupts.increment();
+            self.interrupts.raise(vector);
+        }
+    }
+
+    /// Whether the chaos plan keeps `channel` from executing now.
+    pub fn holds(&self, channel: u16) -> bool {
+        let held = self.chaos.holds(channel);
+        if held == Some(true) {
+            self.stats.chaos.increment();
+        }
+        held.is_some()
     }
 
     /// Whether the driver lets the device reach guest memory.

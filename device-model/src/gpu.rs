@@ -73,6 +73,8 @@ impl Gpu {
     pub fn region_read(&self, region: Region, offset: u64, data: &mut [u8]) {
         data.fill(0);
         match region {
+            // The VMM keeps the MSI-X table.
+            Region::Config | Region::Vram if self.core.chaos.dead() => data.fill(0xff),
             Region::Config => self.config.lock().unwrap_or_else(PoisonError::into_inner).read(offset, data),
             Region::Registers => self.registers_read(offset, data),
             Region::Vram => {
@@ -94,6 +96,7 @@ impl Gpu {
     /// Writes `data` to `region` at `offset`; writes to what does not exist do nothing.
     pub fn region_write(&self, region: Region, offset: u64, data: &[u8]) {
         match region {
+            Region::Config | Region::Vram if self.core.chaos.dead() => {}
             Region::Config => self.config_write(offset, data),
             Region::Registers => self.registers_write(offset, data),
             Region::Vram => {
@@ -245,11 +248,11 @@ impl Gpu {
 
     /// Lets the jobs of `channels` go on, whose page faults were decided.
     fn resume(&self, channels: Channels) {
-        for (index, channel) in self.channels.iter().enumerate() {
-            if channels.has(index) {
-                channel.resume(&self.core);
-            }
-        }
+        let order = self.core.chaos.order();
+        order
+            .into_iter()
+            .filter(|index| channels.has(*index))
+            .for_each(|index| self.channels[index].resume(&self.core));
     }
 
     /// Adds an entry to the DMA map; see [`crate::guest_memory::GuestMemory::map`].
@@ -315,6 +318,7 @@ impl Gpu {
         self.core.faults.reset();
         self.core.mmu.clear();
         if scope.function {
+            self.core.late.clear();
             self.core.interrupts.clear_pending();
             *self.config.lock().unwrap_or_else(PoisonError::into_inner) = ConfigSpace::new(self.aperture);
             self.core.bus_master.store(false, Ordering::Release);
@@ -330,6 +334,7 @@ impl Gpu {
 
     /// Puts another chaos plan in force.
     pub fn set_chaos(&self, plan: Chaos) {
+        self.vram().poison(&plan);
         self.core.chaos.replace(plan);
         // Work that a dead device left behind goes on.
         self.channels.iter().for_each(Channel::kick);
@@ -348,6 +353,6 @@ impl Gpu {
 
     /// Ends the workers.
     pub(crate) fn stop(&self) {
-        self.channels.iter().for_each(Channel::stop);
+        self.channels.iter().for_each(|channel| channel.stop(&self.core));
     }
 }

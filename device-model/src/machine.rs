@@ -10,6 +10,8 @@ use hmmstorm_abi::pci::CHANNELS;
 use hmmstorm_abi::wire::control::{Chaos, GpuStats};
 
 use crate::chaos::Plan;
+use crate::chaos::late::Late;
+use crate::chaos::order::Order;
 use crate::config::{Config, Mode};
 use crate::core::Core;
 use crate::faults::Faults;
@@ -52,6 +54,7 @@ impl Machine {
         let vrams: Arc<[Arc<Vram>]> =
             (0..config.gpus).map(|_| Vram::new(config.vram).map(Arc::new)).collect::<Result<_, _>>()?;
         let gpu = |index| {
+            let interrupts = Arc::new(Interrupts::default());
             let core = Core {
                 index,
                 mode: config.mode,
@@ -60,12 +63,15 @@ impl Machine {
                 vrams: Arc::clone(&vrams),
                 mmu: Mmu::new(config.tlb_entries as usize),
                 faults: Faults::default(),
-                interrupts: Interrupts::default(),
+                late: Late::new(Arc::clone(&interrupts)),
+                interrupts,
+                order: Order::default(),
                 stats: Stats::default(),
                 complaints: Complaints::default(),
                 chaos: Plan::new(config.chaos.clone()),
                 bus_master: AtomicBool::new(false),
             };
+            core.vram().poison(&config.chaos);
             Arc::new(Gpu::new(core, config.aperture()))
         };
         let mut machine = Self { gpus: (0..config.gpus).map(gpu).collect(), workers: Vec::new() };

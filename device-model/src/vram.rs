@@ -3,7 +3,11 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use hmmstorm_abi::job::mix;
+use hmmstorm_abi::mmu::PAGE_SHIFT;
+use hmmstorm_abi::wire::control::Chaos;
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
 
@@ -36,6 +40,26 @@ pub enum VramError {
 pub struct Vram {
     region: MmapRegion<()>,
     file: File,
+    /// What the chaos plan makes unreadable for the engines of every GPU.
+    poison: Poison,
+}
+
+/// Which pages are poisoned. A plan that changes while an engine looks shows in part; nothing depends on the moment.
+#[derive(Debug, Default)]
+struct Poison {
+    any: AtomicBool,
+    seed: AtomicU64,
+    every: AtomicU64,
+    first: AtomicU64,
+    pages: AtomicU64,
+}
+
+impl Poison {
+    fn holds(&self, page: u64) -> bool {
+        let load = |value: &AtomicU64| value.load(Ordering::Relaxed);
+        let chosen = mix(load(&self.seed) ^ mix(page)).checked_rem(load(&self.every)) == Some(0);
+        chosen || page.wrapping_sub(load(&self.first)) < load(&self.pages)
+    }
 }
 
 impl Vram {
@@ -56,7 +80,7 @@ impl Vram {
             .map_err(|_| create(io::Error::new(io::ErrorKind::OutOfMemory, "beyond the address space")))?;
         let region = MmapRegion::from_file(FileOffset::new(mapped, 0), length)
             .map_err(|source| VramError::Map { size, source })?;
-        Ok(Self { region, file })
+        Ok(Self { region, file, poison: Poison::default() })
     }
 
     /// Size in bytes.
@@ -72,6 +96,24 @@ impl Vram {
     /// Whether `length` bytes from `offset` exist.
     pub fn contains(&self, offset: u64, length: u64) -> bool {
         offset.checked_add(length).is_some_and(|end| end <= self.size())
+    }
+
+    /// Poisons the pages that `plan` names, and no others.
+    pub fn poison(&self, plan: &Chaos) {
+        let store = |value: &AtomicU64, new| value.store(new, Ordering::Relaxed);
+        store(&self.poison.seed, plan.seed);
+        store(&self.poison.every, plan.poison_every);
+        store(&self.poison.first, plan.poison_first);
+        store(&self.poison.pages, plan.poison_pages);
+        self.poison.any.store(plan.poison_every != 0 || plan.poison_pages != 0, Ordering::Release);
+    }
+
+    /// Whether a page is poisoned that has one of `length` bytes from `offset`, which exist.
+    pub fn is_poisoned(&self, offset: u64, length: u64) -> bool {
+        if length == 0 || !self.poison.any.load(Ordering::Acquire) {
+            return false;
+        }
+        (offset >> PAGE_SHIFT..=(offset + (length - 1)) >> PAGE_SHIFT).any(|page| self.poison.holds(page))
     }
 
     /// Gives the contents back to the host: all of it reads as zero.
@@ -103,6 +145,27 @@ mod tests {
         assert!(vram.slice(u64::MAX, 2).is_none());
         assert!(vram.contains(1 << 20, 0));
         assert!(!vram.contains(u64::MAX, 1));
+    }
+
+    #[test]
+    fn one_in_n_pages_is_poisoned_and_those_that_are_named() {
+        let vram = Vram::new(16 << 20).expect("a small memory file");
+        let poisoned = |page: u64| vram.is_poisoned(page << 12, 1);
+        assert!(!vram.is_poisoned(0, 16 << 20));
+        vram.poison(&Chaos { poison_first: 7, poison_pages: 2, ..Chaos::default() });
+        assert_eq!((0..4096).filter(|page| poisoned(*page)).collect::<Vec<_>>(), [7, 8]);
+        assert!(
+            vram.is_poisoned(6 << 12, 4097)
+                && !vram.is_poisoned(6 << 12, 4096)
+                && !vram.is_poisoned(7 << 12, 0)
+        );
+        vram.poison(&Chaos { seed: 5, poison_every: 16, ..Chaos::default() });
+        let chosen: Vec<u64> = (0..4096).filter(|page| poisoned(*page)).collect();
+        assert!((200..320).contains(&chosen.len()), "{}", chosen.len());
+        vram.poison(&Chaos { seed: 6, poison_every: 16, ..Chaos::default() });
+        assert_ne!((0..4096).filter(|page| poisoned(*page)).collect::<Vec<_>>(), chosen);
+        vram.poison(&Chaos::default());
+        assert!(!vram.is_poisoned(0, 16 << 20));
     }
 
     #[test]

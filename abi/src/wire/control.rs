@@ -96,20 +96,56 @@ pub struct GpuStats {
     pub tlb_invalidations: u64,
 }
 
-/// A seeded fault plan; the default does nothing.
+/// A seeded fault plan; the default does nothing. *Every n-th* counts from the moment the plan comes into force, by
+/// GPU; 0 means never.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Chaos {
     /// Seed of every choice below.
     pub seed: u64,
-    /// Break the data of every n-th copied segment silently (0: never): the bench's own check that it would notice.
+    /// Break the data of every n-th copied segment silently: the bench's own check that it would notice.
     pub corrupt_every: u64,
-    /// End every n-th descriptor with an error fence and do nothing (0: never).
+    /// End every n-th descriptor with an error fence and do nothing.
     pub fail_every: u64,
-    /// Drop every n-th interrupt (0: never).
-    pub drop_interrupt_every: u64,
+    /// The same for every n-th copy, scatter list or fill.
+    pub fail_copy_every: u64,
     /// Wait this long before each descriptor, in microseconds; threaded mode only.
     pub latency_us: u64,
-    /// The device is gone: every register reads as all ones, nothing runs.
+    /// And this long before each copy, scatter list or fill.
+    pub copy_latency_us: u64,
+    /// And this long before each job.
+    pub access_latency_us: u64,
+    /// Latencies are the means of exponential distributions, and not the same each time.
+    pub exponential: bool,
+    /// Hold every n-th descriptor back until another channel has completed one. Of a synchronous device: serve the
+    /// channels in a random order after every n-th replay.
+    pub reorder_every: u64,
+    /// But hold it no longer than this, in microseconds (0: 1000).
+    pub reorder_us: u64,
+    /// Drop every n-th interrupt.
+    pub drop_interrupt_every: u64,
+    /// Raise every n-th interrupt twice.
+    pub duplicate_interrupt_every: u64,
+    /// Raise every n-th interrupt late.
+    pub delay_interrupt_every: u64,
+    /// By this much, in microseconds (0: 10,000).
+    pub interrupt_delay_us: u64,
+    /// Poison one in n pages of VRAM, chosen by the seed.
+    pub poison_every: u64,
+    /// Poison `poison_pages` pages of VRAM from this one on, too.
+    pub poison_first: u64,
+    /// How many.
+    pub poison_pages: u64,
+    /// This channel stops executing until it is reset or the plan is replaced.
+    pub hang_channel: Option<u16>,
+    /// But not before it has begun this many descriptors.
+    pub hang_after: u64,
+    /// Lose every n-th report of a page fault.
+    pub drop_fault_every: u64,
+    /// Report every n-th page fault twice.
+    pub duplicate_fault_every: u64,
+    /// Report a page fault that nobody had after every n-th real one.
+    pub spurious_fault_every: u64,
+    /// The device is gone: registers, config space and trapped VRAM read as all ones, nothing runs.
     pub dead: bool,
 }

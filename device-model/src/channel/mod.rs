@@ -194,12 +194,14 @@ impl Channel {
         let mut state = self.lock();
         self.cancel.request(held);
         self.wake.notify_all();
+        core.order.moved();
         state = self.idle.wait_while(state, |state| state.busy).unwrap_or_else(PoisonError::into_inner);
         if let (Run::Enabled(ring), Held::Abort) = (state.run, held) {
             self.abort_pending(core, ring);
         }
         self.give_up_job();
         core.faults.forget(self.index);
+        core.chaos.unhang(self.index);
         let exit = state.exit;
         *state = State { exit, ..State::default() };
         self.head.store(0, Ordering::Relaxed);
@@ -213,11 +215,12 @@ impl Channel {
     }
 
     /// Makes the worker end.
-    pub fn stop(&self) {
+    pub fn stop(&self, core: &Core) {
         let mut state = self.lock();
         state.exit = true;
         self.cancel.request(Held::Drop);
         self.wake.notify_all();
+        core.order.moved();
     }
 
     /// How many descriptors are published and not completed, unless they wait for the driver to serve a page fault.

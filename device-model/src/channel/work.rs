@@ -6,7 +6,7 @@ use std::sync::{MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use hmmstorm_abi::pci::{VECTOR_CHANNEL0, VECTOR_DEVICE, VECTOR_FAULT};
-use hmmstorm_abi::ring::{FLAG_IRQ, Status, fence_of_words};
+use hmmstorm_abi::ring::{FLAG_IRQ, Opcode, Status, fence_of_words};
 
 use super::{Channel, Run, State};
 use crate::config::Mode;
@@ -154,7 +154,7 @@ impl Channel {
     fn drain(&self, core: &Core, ring: &mut Ring, most: u32) -> Result<Rest, RingError> {
         let mut engine = self.engine();
         for _ in 0..most {
-            if core.chaos.holds(self.index) {
+            if core.holds(self.index) {
                 return Ok(Rest::Held);
             }
             // A job that kept its place stands before everything else, whatever the ring says by now.
@@ -162,8 +162,8 @@ impl Channel {
                 if ring.pending(core)? == 0 {
                     break;
                 }
-                if core.mode == Mode::Threaded {
-                    self.pause(core.chaos.latency());
+                if core.mode == Mode::Threaded && core.chaos.delays() {
+                    self.wait_as_planned(core, ring)?;
                 }
             }
             if self.cancel.requested().is_some() {
@@ -238,6 +238,7 @@ impl Channel {
             core.complaints.ring.log(core.index, format_args!("channel {channel} fence: {fault}"));
         }
         core.stats.completions.increment();
+        core.order.moved();
         if status != Status::Ok || signalled.is_err() {
             core.stats.errors.increment();
         }
@@ -277,6 +278,17 @@ impl Channel {
         if let Err(error) = abort() {
             self.halt(core, error);
         }
+    }
+
+    /// Waits before the next descriptor as the chaos plan wants it.
+    fn wait_as_planned(&self, core: &Core, ring: &Ring) -> Result<(), RingError> {
+        let words = ring.fetch(&core.memory.guard())?;
+        self.pause(core.chaos.latency(Opcode::from_u8(words[0] as u8)));
+        if let Some(time) = core.chaos.holds_back() {
+            core.stats.chaos.increment();
+            core.order.wait(time, || self.cancel.requested().is_some());
+        }
+        Ok(())
     }
 
     /// Waits, but not past a reset.

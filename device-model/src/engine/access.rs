@@ -84,7 +84,7 @@ impl Running {
         }
         loop {
             session.breathe()?;
-            if core.chaos.holds(session.channel) {
+            if core.holds(session.channel) {
                 return Ok(Progress::Suspended(Suspended::Held));
             }
             match self.stretch(session)? {

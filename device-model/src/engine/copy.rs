@@ -190,6 +190,7 @@ fn check_copy<'a>(
     let core = session.core;
     let (src, dst) = (Place::of(core, src, length)?, Place::of(core, dst, length)?);
     src.check(session.guard(), length, Need::Read)?;
+    src.check_poison(core, length)?;
     dst.check(session.guard(), length, Need::Write)?;
     Ok((src, dst))
 }

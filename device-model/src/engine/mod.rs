@@ -57,6 +57,14 @@ pub enum Failure {
     /// The chaos plan wants it.
     #[error("the chaos plan fails this one")]
     Injected,
+    /// VRAM that the chaos plan has poisoned.
+    #[error("{length} bytes of VRAM at {address:#x} are poisoned in part")]
+    Poisoned {
+        /// Offset.
+        address: u64,
+        /// Bytes.
+        length: u64,
+    },
     /// A page fault that was cancelled, or that there is no buffer to report in.
     #[error("page fault at {va:#x} of address space {asid}")]
     PageFault {
@@ -81,13 +89,14 @@ impl Failure {
             Self::Aborted(_) => Status::Aborted,
             Self::Injected => Status::Injected,
             Self::PageFault { .. } => Status::PageFault,
+            Self::Poisoned { .. } => Status::Poisoned,
             Self::Job(_) => Status::BadJob,
         }
     }
 
     /// Whether it is no fault of the driver's, but part of its dealings with the device.
     pub const fn is_expected(self) -> bool {
-        matches!(self, Self::Aborted(_) | Self::Injected | Self::PageFault { .. })
+        matches!(self, Self::Aborted(_) | Self::Injected | Self::PageFault { .. } | Self::Poisoned { .. })
     }
 }
 
@@ -114,7 +123,7 @@ impl Engine {
     /// [`Failure`]. Unless it is [`Failure::Aborted`], or the DMA map changed half-way, no byte was moved by a copy.
     pub fn execute(&mut self, session: &mut Session<'_>, words: [u64; 8]) -> Result<Progress, Failure> {
         let core = session.core;
-        if core.chaos.fails_descriptor() {
+        if core.chaos.fails_descriptor(session.channel, Opcode::from_u8(words[0] as u8)) {
             core.stats.chaos.increment();
             return Err(Failure::Injected);
         }

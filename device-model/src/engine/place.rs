@@ -102,6 +102,20 @@ impl<'a> Place<'a> {
         }
     }
 
+    /// Checks that `length` bytes can be read: none of them is poisoned.
+    ///
+    /// # Errors
+    /// [`Failure::Poisoned`].
+    pub fn check_poison(self, core: &Core, length: u64) -> Result<(), Failure> {
+        match self {
+            Self::Vram(vram, address) if vram.is_poisoned(address, length) => {
+                core.stats.chaos.increment();
+                Err(Failure::Poisoned { address, length })
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Reads the aligned word here in one access, with acquire order.
     ///
     /// # Errors

@@ -7,10 +7,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use hmmstorm_abi::job::{Job, Op, Outcome, Pattern, WORD, mix};
 use hmmstorm_abi::mmu::{PAGE_SHIFT, Reason, Want};
+use hmmstorm_abi::ring::Location;
 use vm_memory::{VolatileMemory, VolatileSlice};
 
-use super::Failure;
 use super::place::Place;
+use super::{Failure, PAGE};
 use crate::core::Core;
 use crate::guest_memory::{DmaGuard, Need};
 use crate::mmu::Space;
@@ -113,6 +114,7 @@ pub fn run(
     outcome: &mut Outcome,
 ) -> Result<Pause, Failure> {
     let want = wanted(job.op);
+    let reads = job.op != Op::Store;
     let generation = mix(job.tag);
     let next_generation = mix(job.operand);
     // What `word_at()` computes, with its inner half done once.
@@ -125,7 +127,7 @@ pub fn run(
         let va = walker.address(job);
         let slot = &mut at_hand[(va >> PAGE_SHIFT) as usize % AT_HAND];
         if slot.as_ref().is_none_or(|mapped| !mapped.holds(va)) {
-            match map(core, guard, space, va, want)? {
+            match map(core, guard, space, va, want, reads)? {
                 Ok(mapped) => *slot = Some(mapped),
                 Err(reason) => return Ok(Pause::Fault { va, want, reason }),
             }
@@ -184,13 +186,14 @@ const fn wanted(op: Op) -> Want {
     }
 }
 
-/// Translates `va` and looks up the memory there, as much of the page as lies together from `va`'s 4 KiB on.
+/// Translates `va` and looks up the memory of its 4 KiB, which is to be read as well or only written.
 fn map<'a>(
     core: &'a Core,
     guard: &'a DmaGuard<'_>,
     space: &Space<'_>,
     va: u64,
     want: Want,
+    reads: bool,
 ) -> Result<Result<Mapped<'a>, Reason>, Failure> {
     let translation = match space.translate(core, guard, va, want) {
         Ok(translation) => translation,
@@ -198,9 +201,12 @@ fn map<'a>(
     };
     let start = va >> PAGE_SHIFT << PAGE_SHIFT;
     let offset = start - translation.va;
-    let length = translation.length();
-    let place = Place::of(core, translation.page, length)?;
+    let at = Location { address: translation.page.address + offset, ..translation.page };
+    let place = Place::of(core, at, PAGE)?;
+    if reads {
+        place.check_poison(core, PAGE)?;
+    }
     let need = if want == Want::Read { Need::Read } else { Need::Write };
-    let words = place.span(guard, offset, length - offset, need)?;
+    let words = place.span(guard, 0, PAGE, need)?;
     Ok(Ok(Mapped { va: start, words }))
 }

@@ -10,9 +10,10 @@ pub mod buffer;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use hmmstorm_abi::mmu::Fault;
+use hmmstorm_abi::mmu::{Fault, PAGE_SHIFT, Reason, Want};
 use hmmstorm_abi::pci::{CHANNELS, VECTOR_DEVICE};
 
+use crate::chaos::ReportFate;
 use crate::core::Core;
 use crate::guest_memory::DmaGuard;
 use buffer::{Buffer, BufferError, Put, Settings};
@@ -104,7 +105,16 @@ impl Faults {
             state.waiting[channel] = Waiting { verdict: Verdict::Pending, sequence };
             return Report::Stalled { interrupt: false };
         }
-        match state.put(core, guard, fault) {
+        let fate = core.chaos.report();
+        if fate != ReportFate::default() {
+            core.stats.chaos.increment();
+        }
+        if fate.dropped {
+            // Like an overflow, but nobody is told.
+            state.waiting[channel] = Waiting { verdict: Verdict::Pending, sequence: None };
+            return Report::Stalled { interrupt: false };
+        }
+        match state.put_as_planned(core, guard, fault, fate) {
             Ok(Put::Entered { sequence, interrupt }) => {
                 core.stats.faults.increment();
                 state.open.push(Fault { sequence, ..fault });
@@ -242,6 +252,38 @@ impl State {
         self.buffer = None;
         self.open.clear();
         self.decide(Verdict::Cancelled, |_| true)
+    }
+
+    /// Puts `fault` into the buffer, and what the chaos plan adds to it.
+    fn put_as_planned(
+        &mut self,
+        core: &Core,
+        guard: &DmaGuard<'_>,
+        fault: Fault,
+        fate: ReportFate,
+    ) -> Result<Put, BufferError> {
+        let put = self.put(core, guard, fault)?;
+        let Put::Entered { sequence, mut interrupt } = put else { return Ok(put) };
+        let mut add = |put: Put| {
+            if let Put::Entered { interrupt: wanted, .. } = put {
+                interrupt |= wanted;
+            }
+        };
+        if fate.doubled
+            && let Some(buffer) = &mut self.buffer
+        {
+            add(buffer.put(core, guard, Fault { sequence, ..fault })?);
+        }
+        if let Some(away) = fate.spurious {
+            let va = fault.va.wrapping_add(away << PAGE_SHIFT);
+            // No job waits for it, so it is not remembered: it stands for none that comes later.
+            add(self.put(
+                core,
+                guard,
+                Fault { va, want: Want::Read, reason: Reason::NotPresent, ..fault },
+            )?);
+        }
+        Ok(Put::Entered { sequence, interrupt })
     }
 
     /// Numbers `fault` and puts it into the buffer.

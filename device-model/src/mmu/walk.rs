@@ -54,7 +54,11 @@ fn leaf(core: &Core, va: u64, level: u32, entry: Pte, page: Location) -> Result<
 fn read(core: &Core, guard: &DmaGuard<'_>, table: Location, index: usize) -> Result<Pte, Reason> {
     let address = table.address.checked_add(index as u64 * ENTRY).ok_or(Reason::BadTable)?;
     let location = Location { aperture: table.aperture, address };
-    let word =
-        Place::of(core, location, ENTRY).and_then(|place| place.load(guard)).map_err(|_| Reason::BadTable)?;
+    let word = Place::of(core, location, ENTRY)
+        .and_then(|place| {
+            place.check_poison(core, ENTRY)?;
+            place.load(guard)
+        })
+        .map_err(|_| Reason::BadTable)?;
     Ok(Pte(word))
 }

@@ -213,7 +213,7 @@ fn nothing_touches_the_old_page_once_the_fence_of_an_invalidation_is_written() {
     tables.map(VA, page(0), ALL);
     let endless = Job { count: 1 << 32, operand: 1, ..job(Op::AtomicAdd, VA, 512) };
     worker.submit(access(&bench, 0, ASID, endless).to_words());
-    for round in 0..200 {
+    for round in 0..40 {
         let (old, new) = (page(round % 2), page((round + 1) % 2));
         let first = peek(&bench, 0, old);
         wait_for("the job", || (peek(&bench, 0, old) != first).then_some(()));
