@@ -115,16 +115,8 @@ fn memory_size(text: &str) -> Result<u64, String> {
     }
 }
 
-/// Reads `key=value,…` into a plan. Keys are those of the control socket's plan, with `-` or `_`.
 fn chaos(text: &str) -> Result<Chaos, String> {
-    let mut plan = serde_json::Map::new();
-    for pair in text.split(',').filter(|pair| !pair.is_empty()) {
-        let (key, value) = pair.split_once('=').ok_or_else(|| format!("'{pair}' is not KEY=VALUE"))?;
-        let value = serde_json::from_str(value)
-            .map_err(|_| format!("'{value}' is neither a number nor true or false"))?;
-        plan.insert(key.replace('-', "_"), value);
-    }
-    let plan = serde_json::from_value(plan.into()).map_err(|error| error.to_string())?;
+    let plan = text.parse()?;
     check(&plan)?;
     Ok(plan)
 }

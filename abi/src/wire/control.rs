@@ -1,8 +1,10 @@
 //! The device's control socket: a Unix stream socket; a client writes one [`Request`] a line and gets one [`Reply`]
 //! a line. It is the *referee*: what it counts, the guest cannot fake.
 
-use alloc::string::String;
+use alloc::format;
+use alloc::string::{String, ToString};
 use alloc::vec::Vec;
+use core::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 /// What a client asks.
@@ -148,4 +150,20 @@ pub struct Chaos {
     pub spurious_fault_every: u64,
     /// The device is gone: registers, config space and trapped VRAM read as all ones, nothing runs.
     pub dead: bool,
+}
+
+/// Reads `key=value,…`. Keys are the fields above, with `-` or `_`; an empty text is the plan that does nothing.
+impl FromStr for Chaos {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut plan = serde_json::Map::new();
+        for pair in text.split(',').filter(|pair| !pair.is_empty()) {
+            let (key, value) = pair.split_once('=').ok_or_else(|| format!("'{pair}' is not KEY=VALUE"))?;
+            let value = serde_json::from_str(value)
+                .map_err(|_| format!("'{value}' is neither a number nor true or false"))?;
+            plan.insert(key.replace('-', "_"), value);
+        }
+        serde_json::from_value(plan.into()).map_err(|error| error.to_string())
+    }
 }

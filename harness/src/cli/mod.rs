@@ -59,6 +59,8 @@ enum Command {
     Selftest(commands::selftest::Args),
     /// Boot the guest under gdb, kernel and driver symbols loaded
     Gdb(commands::gdb::Args),
+    /// Ask the GPUs of a machine that runs, or change their fault plan
+    Ctl(commands::ctl::Args),
     /// List what there is to choose from
     List(commands::list::Args),
     /// Run 64-bit code in a KVM guest: exit code 0 if it works
@@ -125,6 +127,7 @@ fn dispatch(command: Command, ctx: &Context) -> Result<Outcome, Error> {
         Command::Matrix(args) => commands::matrix::run(args, ctx),
         Command::Selftest(args) => commands::selftest::run(args, ctx),
         Command::Gdb(args) => commands::gdb::run(args, ctx),
+        Command::Ctl(args) => commands::ctl::run(args, ctx),
         Command::List(args) => commands::list::run(args, ctx),
         Command::KvmProbe => Ok(kvm_probe()),
     }

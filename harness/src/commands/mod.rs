@@ -2,6 +2,7 @@
 
 pub mod build;
 pub mod conformance;
+pub mod ctl;
 pub mod doctor;
 pub mod gdb;
 pub mod list;

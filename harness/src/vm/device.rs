@@ -1,9 +1,8 @@
 //! The GPU's process: started before QEMU, asked over its control socket, ended after QEMU.
 
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Write};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{ChildStdin, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -12,19 +11,18 @@ use hmmstorm_abi::wire::control::{Chaos, GpuStats, Reply, Request};
 
 use super::children::{Child, SpawnError};
 use super::command::CommandLine;
+use super::control::Control;
 use super::events::Tail;
 use super::poll;
 use crate::cli::Interrupt;
 
 /// Time for the device to listen on all its sockets.
 const START: Duration = Duration::from_secs(10);
-/// Time for an answer on the control socket.
-const PATIENCE: Duration = Duration::from_secs(5);
 
 /// The running device, with a connection to its control socket.
 #[derive(Debug)]
 pub struct Device {
-    control: BufReader<UnixStream>,
+    control: Control,
     /// Open as long as the device shall live (`--exit-with-stdin`).
     stdin: Option<ChildStdin>,
     child: Child,
@@ -118,14 +116,9 @@ impl Device {
             }
         }
 
-        let connect = || {
-            let stream = UnixStream::connect(control)?;
-            stream.set_read_timeout(Some(PATIENCE))?;
-            stream.set_write_timeout(Some(PATIENCE))?;
-            Ok(stream)
-        };
         let failed = |source| Error::Control { request: "connect", source, log: log.into() };
-        Ok(Self { control: BufReader::new(connect().map_err(failed)?), stdin, child })
+        let control = Control::connect(control).map_err(failed)?;
+        Ok(Self { control, stdin, child })
     }
 
     /// Counters of every GPU.
@@ -168,23 +161,9 @@ impl Device {
     }
 
     fn ask(&mut self, request: &'static str, body: &Request) -> Result<Reply, Error> {
-        let mut talk = || -> io::Result<Reply> {
-            let mut line = serde_json::to_string(body)?;
-            line.push('\n');
-            self.control.get_mut().write_all(line.as_bytes())?;
-            let mut answer = String::new();
-            if self.control.read_line(&mut answer)? == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-            Ok(serde_json::from_str(&answer)?)
-        };
-        match talk() {
+        match self.control.ask(body) {
             Ok(Reply::Error { message }) => Err(Error::Refused { request, message }),
             Ok(reply) => Ok(reply),
-            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
-                let why = format!("no answer within {} s", PATIENCE.as_secs());
-                Err(self.control_error(request, io::Error::new(io::ErrorKind::TimedOut, why)))
-            }
             Err(source) => Err(self.control_error(request, source)),
         }
     }

@@ -105,6 +105,9 @@ impl Machine {
     pub fn boot(boot: &Boot, folder: RunFolder, interrupt: &Interrupt) -> Result<Self, Error> {
         let sockets = SocketDir::create()
             .map_err(|source| Error::Io { what: "cannot create a folder for sockets".into(), source })?;
+        sockets
+            .describe(folder.dir())
+            .map_err(|source| Error::Io { what: "cannot write to the folder for sockets".into(), source })?;
         let (device_line, qemu_line) = boot.command_lines(sockets.paths(), &folder);
 
         let device = match &device_line {

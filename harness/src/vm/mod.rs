@@ -6,6 +6,7 @@
 pub mod accel;
 pub mod children;
 pub mod command;
+pub mod control;
 pub mod device;
 mod error;
 pub mod events;
@@ -18,7 +19,7 @@ pub mod profile;
 pub mod qmp;
 pub mod ram;
 mod size;
-mod sockets;
+pub mod sockets;
 pub mod spec;
 pub mod terminal;
 
