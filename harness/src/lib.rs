@@ -5,6 +5,7 @@
 //! [`statistics`] says how sure all that is, [`matrix`] what to run of very much.
 
 pub mod build;
+pub mod capsule;
 pub mod cli;
 pub mod commands;
 pub mod judge;

@@ -39,6 +39,7 @@ const ATTEMPTS: usize = 9;
 const PAGES: usize = 10;
 const COLLECTED: usize = 11;
 const MIGRATED: usize = 12;
+const RETRIES: usize = 13;
 
 /// Cells that a worker's measurements take.
 pub(crate) const CELLS: usize = HEAD + BUCKETS;
@@ -103,7 +104,10 @@ impl<'a> Meter<'a> {
         }
         self.add(HEAD + bucket(self.get(RETURNED_AT).saturating_sub(self.get(BEGAN_AT))), 1);
         self.add(RESOLVED, faults);
-        self.add(MM_FAULTS, self.get(FAULTS_AFTER).saturating_sub(self.get(FAULTS_BEFORE)));
+        let tries = self.get(FAULTS_AFTER).saturating_sub(self.get(FAULTS_BEFORE));
+        self.add(MM_FAULTS, tries);
+        // Fewer tries than faults: somebody else brought the page back meanwhile.
+        self.add(RETRIES, tries.saturating_sub(faults));
     }
 
     fn look_at_switches(self, usage: Usage, now: u64) {
@@ -137,6 +141,7 @@ pub(crate) fn sum<'a>(meters: impl Iterator<Item = Meter<'a>>) -> Measured {
         }
         sum.resolved += meter.get(RESOLVED);
         sum.mm_faults += meter.get(MM_FAULTS);
+        sum.retries += meter.get(RETRIES);
         sum.unswitched_ns = sum.unswitched_ns.max(meter.get(UNSWITCHED));
         sum.migrations.attempts += meter.get(ATTEMPTS);
         sum.migrations.pages += meter.get(PAGES);
@@ -202,7 +207,14 @@ mod tests {
         meter.migrated(4, &answer);
         let measured = sum([meter, meter].into_iter());
         assert_eq!(measured.latency_ns.iter().map(|(_, count)| count).sum::<u64>(), 6);
-        assert_eq!((measured.resolved, measured.mm_faults), (6, 6));
+        assert_eq!((measured.resolved, measured.mm_faults, measured.retries), (6, 6, 0));
+        meter.begin();
+        for page in 4..6 {
+            pages.discard(page..page + 1).expect("madvise");
+            pages.page(page)[0].store(1, Relaxed);
+        }
+        meter.complete(1);
+        assert_eq!(sum([meter].into_iter()).retries, 1);
         assert!(measured.unswitched_ns > 0);
         let migrations = measured.migrations;
         assert_eq!((migrations.attempts, migrations.pages), (2, 8));

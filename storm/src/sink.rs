@@ -104,11 +104,11 @@ fn describe(progress: &Progress) -> String {
 }
 
 fn describe_measured(measured: &Measured) -> String {
-    let Measured { latency_ns, resolved, mm_faults, unswitched_ns, .. } = measured;
+    let Measured { latency_ns, resolved, retries, unswitched_ns, .. } = measured;
     let timed: u64 = latency_ns.iter().map(|(_, count)| count).sum();
     let longest = latency_ns.last().map_or(0, |(value, _)| *value);
     format!(
-        "{timed} operations with faults, the longest of {} us; {mm_faults} tries for {resolved} faults; \
+        "{timed} operations with faults, the longest of {} us; {resolved} faults, {retries} tries in vain; \
          a CPU was kept for {} us at most\n",
         longest / 1000,
         unswitched_ns / 1000

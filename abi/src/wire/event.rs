@@ -150,9 +150,10 @@ pub struct Measured {
     pub latency_ns: Vec<(u64, u64)>,
     /// Faults that these operations resolved.
     pub resolved: u64,
-    /// Calls of `handle_mm_fault()` that these operations took, of their own task alone: what is more than `resolved` was
-    /// tried again.
+    /// Calls of `handle_mm_fault()` that these operations took, of their own task alone.
     pub mm_faults: u64,
+    /// Of these, calls beyond the first for each fault that was resolved: tries that were in vain.
+    pub retries: u64,
     /// Longest time, nanoseconds, through which a worker is known to have kept its CPU: between two looks at its context
     /// switches that found no new one.
     pub unswitched_ns: u64,

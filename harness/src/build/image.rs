@@ -67,7 +67,21 @@ pub struct AppliedPatch {
     pub sha256: String,
 }
 
+/// Folder beside `image.json` with the texts of its patches, `NNNN.patch` in order of application.
+pub(super) const PATCHES: &str = "patches";
+
 impl Image {
+    /// Its patches with their texts, in order of application.
+    pub fn patches(&self) -> Result<Vec<(AppliedPatch, Vec<u8>)>, BuildError> {
+        let folder = self.initramfs.parent().unwrap_or(Path::new(".")).join(PATCHES);
+        let read = |(number, patch): (usize, &AppliedPatch)| {
+            let file = folder.join(format!("{number:04}.patch"));
+            let text = fs::read(&file).on("read", &file)?;
+            Ok((patch.clone(), text))
+        };
+        self.provenance.patches.iter().enumerate().map(read).collect()
+    }
+
     /// Reads an `image.json` and checks that all it names is there.
     pub fn load(file: &Path) -> Result<Self, BuildError> {
         let text = fs::read(file).on("read", file)?;

@@ -83,6 +83,11 @@ impl Patch {
         Ok(Self { name, origin, sha256: hash::bytes(&text), text, files })
     }
 
+    /// What it says.
+    pub(super) fn text(&self) -> &[u8] {
+        &self.text
+    }
+
     /// Files that it changes, makes or removes, relative to the source tree.
     pub fn files(&self) -> &BTreeSet<PathBuf> {
         &self.files

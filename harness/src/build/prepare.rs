@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use super::binaries;
 use super::error::IoContext;
 use super::hash::{self, Key};
-use super::image::{AppliedPatch, Image, Provenance};
+use super::image::{self, AppliedPatch, Image, Provenance};
 use super::initramfs::{self, Content};
 use super::kernel::{Built, LiveTree, Recipe, strip};
 use super::module::{self, DRIVER};
@@ -90,6 +90,13 @@ impl Builder {
     /// What reads a guest's data structures; fetched if need be.
     pub fn drgn(&self) -> Result<Reader, BuildError> {
         drgn::drgn(&self.pins, &self.cache, &self.progress)
+    }
+
+    /// Checksums of a variant's patches, in order of application; none if this tree does not have it.
+    pub fn variant_patches(&self, name: &str) -> Option<Vec<String>> {
+        let patches = Stack::parse(Some(name), &self.pins).ok()?;
+        let patches = patches.patches(&self.pins.repo.join("images/variants")).ok()?;
+        Some(patches.into_iter().map(|patch| patch.sha256).collect())
     }
 
     /// The image that a command line asks for: the one named by `--image`, or what the other options describe.
@@ -266,7 +273,7 @@ impl Builder {
             libclang: tools.libclang.clone(),
         };
         // The folders of kernel and modules have keys as their names, so their paths stand for their content.
-        let mut key = Key::new("image-3")
+        let mut key = Key::new("image-4")
             .with("kernel", kernel.dir.as_os_str().as_encoded_bytes())
             .with("manifest", format!("{:?}", self.pins.initramfs))
             .with("storm", &provenance.storm_sha256)
@@ -286,6 +293,12 @@ impl Builder {
                 Content { part: Part::Storm, name: "storm".into(), file: program },
                 Content { part: Part::Busybox, name: "busybox".into(), file: busybox.to_owned() },
             ];
+            let texts = dir.join(image::PATCHES);
+            fs::create_dir(&texts).on("create", &texts)?;
+            for (number, patch) in recipe.patches.iter().enumerate() {
+                let file = texts.join(format!("{number:04}.patch"));
+                fs::write(&file, patch.text()).on("write", &file)?;
+            }
             let folder = dir.join("modules");
             fs::create_dir(&folder).on("create", &folder)?;
             for (name, file) in &modules {

@@ -57,6 +57,10 @@ enum Command {
     Matrix(commands::matrix::Args),
     /// Bring guests into known states, and check that each gets its right verdict
     Selftest(commands::selftest::Args),
+    /// Run what a capsule holds again
+    Replay(commands::replay::Args),
+    /// Make a capsule smaller while its finding stays
+    Minimise(commands::minimise::Args),
     /// Boot the guest under gdb, kernel and driver symbols loaded
     Gdb(commands::gdb::Args),
     /// Ask the GPUs of a machine that runs, or change their fault plan
@@ -126,6 +130,8 @@ fn dispatch(command: Command, ctx: &Context) -> Result<Outcome, Error> {
         Command::Conformance(args) => commands::conformance::run(args, ctx),
         Command::Matrix(args) => commands::matrix::run(args, ctx),
         Command::Selftest(args) => commands::selftest::run(args, ctx),
+        Command::Replay(args) => commands::replay::run(args, ctx),
+        Command::Minimise(args) => commands::minimise::run(args, ctx),
         Command::Gdb(args) => commands::gdb::run(args, ctx),
         Command::Ctl(args) => commands::ctl::run(args, ctx),
         Command::List(args) => commands::list::run(args, ctx),

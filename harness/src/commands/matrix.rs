@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use crate::build::Pins;
 use crate::cli::{Context, Error, Outcome};
+use crate::judge::record;
 use crate::matrix::{CellSpec, Plan, Shard, expand, plan};
 use crate::records::{self, Union};
 use execute::Execution;
@@ -109,6 +110,11 @@ fn finish(
     let conflicts = union.conflicts();
     let records = union.into_records();
     print!("{}", show::summary(&records, cells));
+    let findings = records::findings(&records);
+    record::write_json(&out.join(state::FINDINGS), &findings)?;
+    for finding in &findings {
+        println!("{}", show::finding(finding, out));
+    }
     ctx.note(format_args!("records: {}", out.join(state::RECORDS).display()));
     let mut trouble: Vec<String> = conflicts.iter().map(ToString::to_string).collect();
     let errors = show::harness_errors(&records);

@@ -136,7 +136,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<Outcome, Error> {
 }
 
 /// The folder of all runs.
-fn folder(asked: Option<PathBuf>, ctx: &Context) -> Result<PathBuf, Error> {
+pub(crate) fn folder(asked: Option<PathBuf>, ctx: &Context) -> Result<PathBuf, Error> {
     let dir = asked.unwrap_or_else(|| {
         let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         ctx.cache.join("runs").join(format!("{seconds}-{}-storm", process::id()))

@@ -35,6 +35,8 @@ pub struct Measures {
     pub resolved: u64,
     /// Calls of `handle_mm_fault()` in them.
     pub mm_faults: u64,
+    /// Of these, calls beyond the first for each fault that was resolved.
+    pub retries: u64,
     /// Migrations that the workload asked for itself; those that serve CPU faults are the driver's to count.
     pub migrations: Migrations,
     /// Guest milliseconds through which a task kept its CPU in the kernel at the longest: as the workers measured it, or
@@ -58,6 +60,7 @@ impl Measures {
             fault_latency: Latency::from_pairs(&measured.latency_ns),
             resolved: measured.resolved,
             mm_faults: measured.mm_faults,
+            retries: measured.retries,
             migrations: measured.migrations,
             unswitched_ms: stuck.fold(measured.unswitched_ns / 1_000_000, u64::max),
         }
@@ -67,8 +70,7 @@ impl Measures {
     #[must_use]
     #[expect(clippy::cast_precision_loss, reason = "counts of a run are far below 2^52")]
     pub fn retries_per_fault(&self) -> Option<f64> {
-        (self.resolved > 0)
-            .then(|| (self.mm_faults.saturating_sub(self.resolved)) as f64 / self.resolved as f64)
+        (self.resolved > 0).then(|| self.retries as f64 / self.resolved as f64)
     }
 
     /// A rate per second of guest time, of something counted over the whole scenario.
@@ -244,7 +246,7 @@ mod tests {
     #[test]
     fn ratios_need_something_to_divide_by() {
         let span = Span { observed: Duration::from_secs(2), failed: false };
-        let measured = Measured { resolved: 100, mm_faults: 150, ..Measured::default() };
+        let measured = Measured { resolved: 100, mm_faults: 150, retries: 50, ..Measured::default() };
         let measures = Measures::new(Some(&measured), Some(span), &[]);
         assert_eq!(measures.retries_per_fault(), Some(0.5));
         assert_eq!(measures.per_second(100), Some(50.0));

@@ -228,6 +228,12 @@ pub fn identity(judgement: &Judgement, cycle: Option<&Cycle>) -> Option<String> 
     Some(format!("{}-{}", judgement.verdict, hex(&digest[..6])))
 }
 
+/// SHA-256 of some bytes, hexadecimal.
+#[must_use]
+pub fn sha256(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
+}
+
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -268,6 +268,22 @@ impl Scenario {
         self.needs.memory
     }
 
+    /// The least number of CPUs.
+    #[must_use]
+    pub fn least_cpus(&self) -> u32 {
+        self.needs.cpus
+    }
+
+    /// Its numeric parameters: name, least value, default.
+    pub fn numbers(&self) -> impl Iterator<Item = (String, u64, u64)> {
+        self.parameters.iter().filter_map(|parameter| match (&parameter.kind, &parameter.default) {
+            (Kind::Integer { min, .. }, Value::Integer(default)) => {
+                Some((parameter.name.clone(), *min, *default))
+            }
+            _ => None,
+        })
+    }
+
     /// The control of this name.
     pub fn control(&self, name: &str) -> Result<&Control, Error> {
         let found = self.controls.iter().find(|control| control.name == name);

@@ -145,8 +145,8 @@ impl Cell<'_> {
     #[expect(clippy::cast_precision_loss, reason = "counts of runs are far below 2^52")]
     pub fn retries_per_fault(&self) -> Option<f64> {
         let sum = |count: fn(&Record) -> u64| self.runs.iter().map(|run| count(run)).sum::<u64>();
-        let (tries, resolved) = (sum(|run| run.measures.mm_faults), sum(|run| run.measures.resolved));
-        (resolved > 0).then(|| tries.saturating_sub(resolved) as f64 / resolved as f64)
+        let (retries, resolved) = (sum(|run| run.measures.retries), sum(|run| run.measures.resolved));
+        (resolved > 0).then(|| retries as f64 / resolved as f64)
     }
 
     /// Times to failure and censored ones, guest milliseconds: what survival is estimated from.
@@ -210,8 +210,8 @@ mod tests {
     #[test]
     fn counts_are_summed_over_runs() {
         let mut runs = [record(1), record(2)];
-        for (run, tries, ms) in [(0, 15, 1000), (1, 10, 3000)] {
-            runs[run].measures.mm_faults = tries;
+        for (run, tries, ms) in [(0, 5, 1000), (1, 0, 3000)] {
+            runs[run].measures.retries = tries;
             runs[run].measures.resolved = 10;
             runs[run].measures.observed_ms = Some(ms);
             runs[run].progress.faults = 10;

@@ -1,12 +1,13 @@
 //! What `hmmstorm matrix` prints.
 
 use std::fmt::Write;
+use std::path::Path;
 
 use crate::judge::record::Record;
 use crate::judge::verdict::Verdict;
 use crate::matrix::schedule::Task;
 use crate::matrix::{CellSpec, Plan, Schedule, Shard};
-use crate::records::{Cell, cells};
+use crate::records::{Cell, Finding, cells};
 
 /// `--dry-run`: every run of a shard, cell by cell, as commands.
 pub(super) fn plan(plan: &Plan, cells: &[CellSpec], shard: Shard) -> String {
@@ -77,6 +78,21 @@ pub(super) fn summary(records: &[Record], specs: &[CellSpec]) -> String {
         );
     }
     text
+}
+
+/// A finding with the command that makes it happen again.
+pub(super) fn finding(finding: &Finding, out: &Path) -> String {
+    let replay = finding
+        .capsule
+        .as_ref()
+        .map_or(String::new(), |capsule| format!("\n  hmmstorm replay {}", out.join(capsule).display()));
+    let variants = finding.variants.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
+    format!(
+        "finding {} in {} runs of {variants}: {}{replay}",
+        finding.identity,
+        finding.runs.len(),
+        finding.title
+    )
 }
 
 fn line(cell: &Cell<'_>) -> String {

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `runs.jsonl` | the records, one a line |
 //! | `matrix.json` | the plan they were made by |
+//! | `findings.json` | what was found, without doubles |
 //! | `runs/CELL/seed-N/` | the logs of each run |
 
 use std::path::{Path, PathBuf};
@@ -17,6 +18,8 @@ use crate::records::{self, Union, Writer};
 
 /// Name of the records file.
 pub(super) const RECORDS: &str = "runs.jsonl";
+/// Name of the index of findings.
+pub(super) const FINDINGS: &str = "findings.json";
 const MATRIX: &str = "matrix.json";
 
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]

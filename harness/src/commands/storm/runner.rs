@@ -10,6 +10,7 @@ use hmmstorm_abi::wire::event;
 
 use super::watch::{Seen, Watcher};
 use crate::build::Builder;
+use crate::capsule::{self, Capsule};
 use crate::cli::{Context, Error, MachineArgs, Preempt};
 use crate::commands::prepare::{Prepared, Programs, prepare_with};
 use crate::judge::cycle::Cycle;
@@ -167,6 +168,11 @@ impl<'a> Runner<'a> {
         Self { group: Some(group.to_owned()), ..self }
     }
 
+    /// The same, speaking and being interrupted as another context says.
+    pub(crate) fn with_context(self, ctx: &'a Context) -> Self {
+        Self { ctx, ..self }
+    }
+
     /// Verdicts that are as expected.
     pub(crate) fn expected(&self) -> &[Verdict] {
         &self.expected
@@ -184,7 +190,7 @@ impl<'a> Runner<'a> {
     }
 
     /// What defines the run with this seed: all of [`Run`], and of its provenance what is known beforehand.
-    fn definition(&self, seed: u64, prepared: &Prepared) -> (Run, Provenance) {
+    pub(crate) fn definition(&self, seed: u64, prepared: &Prepared) -> (Run, Provenance) {
         let spec = &prepared.boot.spec;
         let set = match &spec.guest {
             Guest::Run { parameters, .. } => parameters.clone(),
@@ -333,6 +339,13 @@ impl<'a> Runner<'a> {
         record.began = since_1970;
         record.structures = structures;
         record::write_json(&folder.dir().join("verdict.json"), &record)?;
+        if record.identity.is_some() {
+            let saved = Capsule::of(&record, &prepared.image, folder.dir())
+                .and_then(|capsule| capsule.save(&folder.dir().join(capsule::FILE)));
+            if let Err(error) = saved {
+                self.ctx.note(format_args!("no capsule was made: {error}"));
+            }
+        }
         Ok(record)
     }
 
