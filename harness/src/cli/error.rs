@@ -11,6 +11,8 @@ pub enum Outcome {
     Pass,
     /// A problem was found in what was examined: exit code 1.
     Problem,
+    /// Nothing can be said of what was examined, and `git bisect` is to try another commit: exit code 125.
+    Skip,
 }
 
 /// Why a command could not do its work. Any typed error converts into [`Error::Harness`] by `?`.

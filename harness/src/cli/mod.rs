@@ -78,6 +78,7 @@ pub fn main() -> ExitCode {
     match run(cli) {
         Ok(Outcome::Pass) => ExitCode::SUCCESS,
         Ok(Outcome::Problem) => ExitCode::from(1),
+        Ok(Outcome::Skip) => ExitCode::from(125),
         Err(error) => {
             eprint!("{}", error.report());
             ExitCode::from(error.exit_code())

@@ -16,9 +16,13 @@ use crate::statistics::Share;
 pub struct Args {
     /// The capsule
     capsule: PathBuf,
-    /// Number of runs, all with the capsule's seed
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=1000))]
-    runs: u64,
+    /// Number of runs, all with the capsule's seed [default: 1; with --git-bisect 5, each with the next seed]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1000))]
+    runs: Option<u64>,
+    /// For `git bisect run hmmstorm replay CAPSULE --git-bisect --tree .`: exit code 1 as soon as the capsule's verdict
+    /// comes, 0 if it does not, 125 if this tree cannot be built or tested
+    #[arg(long, requires = "tree")]
+    git_bisect: bool,
     /// Folder that gets a folder for each run [default: a new one in the cache]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -64,6 +68,10 @@ pub fn run(args: Args, ctx: &Context) -> Result<Outcome, Error> {
         "{} (seed {}, {}): {}",
         then.judgement.verdict, then.run.seed, then.run.mode, capsule.title
     ));
+    if args.git_bisect {
+        return bisect(&capsule, &args, ctx);
+    }
+    let runs = args.runs.unwrap_or(1);
     let reproduction = Reproduction::new(&capsule, &args.parts, ctx)?;
     let runner = reproduction.runner(&capsule_as_it_is(&capsule))?;
     let differences = here(then, &runner);
@@ -80,7 +88,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<Outcome, Error> {
     let out = storm::folder(args.out, ctx)?;
     let mut same = 0;
     let mut worst = Compared::Same;
-    for index in 0..args.runs {
+    for index in 0..runs {
         let dir = out.join(format!("{index:04}-seed-{}", then.run.seed));
         let record = runner.run(then.run.seed, &dir, |_| ())?;
         if record.judgement.verdict == Verdict::HarnessError {
@@ -98,8 +106,8 @@ pub fn run(args: Args, ctx: &Context) -> Result<Outcome, Error> {
         }
     }
     let deterministic = then.run.mode == "deterministic";
-    if args.runs > 1 {
-        println!("the finding of the capsule: {}", Share::wilson(same, args.runs));
+    if runs > 1 {
+        println!("the finding of the capsule: {}", Share::wilson(same, runs));
     }
     Ok(match worst {
         Compared::Same => Outcome::Pass,
@@ -109,6 +117,45 @@ pub fn run(args: Args, ctx: &Context) -> Result<Outcome, Error> {
         _ if !deterministic && same > 0 => Outcome::Pass,
         _ => Outcome::Problem,
     })
+}
+
+/// Seeds after which a commit counts as good: what the stopping rule of a matrix asks for (`docs/matrix.md`).
+const BISECT_SEEDS: u64 = 5;
+
+/// `--git-bisect`. Another kernel is another schedule, so the capsule's seed alone proves nothing: each run takes the next.
+fn bisect(capsule: &Capsule, args: &Args, ctx: &Context) -> Result<Outcome, Error> {
+    let skip = |error: Error| match error {
+        Error::Interrupted => Err(Error::Interrupted),
+        // A patch that does not apply is the user's mistake elsewhere, and the commit's here.
+        error => {
+            eprint!("cannot be tested, skipped: {}", error.report());
+            Ok(Outcome::Skip)
+        }
+    };
+    let runner = Reproduction::new(capsule, &args.parts, ctx)
+        .and_then(|reproduction| reproduction.runner(&capsule_as_it_is(capsule)));
+    let runner = match runner {
+        Ok(runner) => runner,
+        Err(error) => return skip(error),
+    };
+    let out = storm::folder(args.out.clone(), ctx)?;
+    let first = capsule.record.run.seed;
+    for index in 0..args.runs.unwrap_or(BISECT_SEEDS) {
+        let seed = first.wrapping_add(index);
+        let record = match runner.run(seed, &out.join(format!("{index:04}-seed-{seed}")), |_| ()) {
+            Ok(record) => record,
+            Err(error) => return skip(error),
+        };
+        let verdict = record.judgement.verdict;
+        println!("{}: seed {seed}: {verdict}", runner.kernel());
+        if verdict == Verdict::HarnessError {
+            return skip(Error::harness(record.judgement.reason));
+        }
+        if verdict == capsule.record.judgement.verdict {
+            return Ok(Outcome::Problem);
+        }
+    }
+    Ok(Outcome::Pass)
 }
 
 /// What is not here as it was then.

@@ -17,7 +17,7 @@ use crate::vm::command::QemuProgram;
 #[derive(Debug, clap::Args)]
 pub struct Parts {
     /// Kernel source tree of your own, for a capsule whose kernel is not in the list
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", id = "tree")]
     tree: Option<PathBuf>,
     /// QEMU of your own: 10.1 or later, with vfio-user-pci
     #[arg(long, value_name = "PROGRAM")]
