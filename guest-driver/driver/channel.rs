@@ -61,14 +61,23 @@ use kernel::{
 };
 
 use crate::{
+    abi::job::{
+        self,
+        Outcome,
+        JOB_SIZE,
+        OUTCOME_SIZE, //
+    },
     abi::ring::{
         needs_doorbell,
         Descriptor,
+        Location,
+        Opcode,
         SgEntry,
         Status,
         RING_ORDER_MAX,
         RING_ORDER_MIN,
         SG_ENTRIES_MAX,
+        SG_ENTRY_SIZE,
         SHADOW_EVENT,
         SHADOW_TAIL, //
     },
@@ -87,6 +96,8 @@ pub(crate) const LIST_ENTRIES: usize = 512;
 
 const RING_ORDER: u32 = 6;
 const RING_ENTRIES: u32 = 1 << RING_ORDER;
+/// The entry of a scatter list in whose place an access job's outcome is.
+const OUTCOME_ENTRY: usize = JOB_SIZE / SG_ENTRY_SIZE;
 /// Words of the shadow page.
 const SHADOW_WORDS: usize = 4096 / size_of::<u32>();
 
@@ -95,16 +106,27 @@ const _: () = {
     assert!(SLOTS < RING_ENTRIES as usize);
     assert!(SLOTS <= u32::BITS as usize);
     assert!(LIST_ENTRIES <= SG_ENTRIES_MAX as usize);
+    assert!(OUTCOME_ENTRY * SG_ENTRY_SIZE + OUTCOME_SIZE <= LIST_ENTRIES * SG_ENTRY_SIZE);
 };
 
 /// How often a waiter looks at its fence without an interrupt, in milliseconds.
 const STEP_MS: u32 = 100;
 /// For how long a waiter looks at its fence before it sleeps.
 const SPIN: Delta = Delta::from_micros(50);
-/// After how many steps a job has failed: 10 s, which is less than the kernel's hung-task limit.
-const LIMIT: u32 = 100;
+/// After how long a job has failed, in milliseconds; less than the kernel's hung-task limit.
+pub(crate) const LIMIT_MS: u32 = 10_000;
 /// Log lines about failed jobs of one GPU.
 const MESSAGES: u64 = 32;
+
+/// How a waiter waits.
+pub(crate) struct Patience<'a> {
+    /// How often it looks at its fence without an interrupt, in milliseconds.
+    pub(crate) step_ms: u32,
+    /// After how long without progress the job has failed, in milliseconds.
+    pub(crate) limit_ms: u32,
+    /// Called when it has looked in vain. Returns whether there was progress, after which it looks again at once.
+    pub(crate) watch: &'a mut dyn FnMut() -> bool,
+}
 
 /// Why a job failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -336,9 +358,10 @@ impl Channel {
         index: usize,
         slot: &Slot,
         value: u64,
+        patience: &mut Patience<'_>,
     ) -> Result<(), Failure> {
-        let step: Jiffies = msecs_to_jiffies(STEP_MS);
-        let mut steps = 0;
+        let step: Jiffies = msecs_to_jiffies(patience.step_ms);
+        let mut waited_ms = 0;
 
         // A short job is over before a sleep would have begun.
         let start = Instant::<Monotonic>::now();
@@ -363,12 +386,20 @@ impl Channel {
                 }
                 continue;
             }
-            if steps >= LIMIT {
+            if (patience.watch)() {
+                waited_ms = 0;
+                continue;
+            }
+            if waited_ms >= patience.limit_ms {
                 return self.give_up(regs, index, slot, value);
             }
             // The fence is looked at in either case.
             if slot.done.wait_for_completion_timeout(step).is_err() {
-                steps += 1;
+                waited_ms += patience.step_ms;
+                // A device that was pulled out will not become any better.
+                if regs.status().is_dead() {
+                    return self.give_up(regs, index, slot, value);
+                }
             }
         }
     }
@@ -403,23 +434,13 @@ impl Channel {
         let status = regs.status();
         dev_err!(
             &self.dev,
-            "channel {}: no fence {} after {} s (status {}); resetting the channel\n",
+            "channel {}: no fence {} (status {}); resetting the channel\n",
             self.index,
             value,
-            LIMIT * STEP_MS / 1000,
             status
         );
         let restarted = ring.restart(&self.memory, regs);
-        for other in self.slots.iter() {
-            let value = other.armed.load(Acquire);
-
-            if value != 0 {
-                other.aborted.store(1, Relaxed);
-                if other.armed.cmpxchg(value, 0, Full).is_ok() {
-                    other.done.complete_all();
-                }
-            }
-        }
+        self.abort_all();
         match restarted {
             Ok(()) => Err(Failure::Timeout),
             Err(error) => {
@@ -432,6 +453,33 @@ impl Channel {
                 Err(Failure::Dead)
             }
         }
+    }
+}
+
+impl Channel {
+    /// Ends the wait of every job in flight. The channel must have been reset, with its ring locked.
+    fn abort_all(&self) {
+        for slot in self.slots.iter() {
+            let value = slot.armed.load(Acquire);
+
+            if value != 0 {
+                slot.aborted.store(1, Relaxed);
+                if slot.armed.cmpxchg(value, 0, Full).is_ok() {
+                    slot.done.complete_all();
+                }
+            }
+        }
+    }
+
+    /// Stops the channel for good: jobs in flight are aborted, later ones fail with [`Failure::Dead`].
+    pub(crate) fn abandon(&self, regs: ChannelRegs<'_>) {
+        let mut ring = self.ring.lock();
+
+        ring.dead = true;
+        if regs.reset().is_err() {
+            dev_err!(&self.dev, "channel {}: does not stop\n", self.index);
+        }
+        self.abort_all();
     }
 }
 
@@ -536,12 +584,65 @@ impl Job<'_> {
         regs: ChannelRegs<'_>,
         descriptor: Descriptor,
     ) -> Result<(), Failure> {
+        let mut patience = Patience {
+            step_ms: STEP_MS,
+            limit_ms: LIMIT_MS,
+            watch: &mut || false,
+        };
+
+        self.run_with(regs, descriptor, &mut patience)
+    }
+
+    /// Runs an access job in address space `asid`, and waits for its end. Its outcome is what it had got to, also if it
+    /// failed.
+    pub(crate) fn run_access(
+        &mut self,
+        regs: ChannelRegs<'_>,
+        asid: u32,
+        job: &job::Job,
+        patience: &mut Patience<'_>,
+    ) -> (Result<(), Failure>, Outcome) {
+        let Some(list) = self.channel.lists.get(self.slot) else {
+            return (Err(Failure::Device(None)), Outcome::default());
+        };
+        // The slot's scatter list is not in use: the job and its outcome take the first entries.
+        let [a, b, c, d, e, f, g, h] = job.to_words().map(u64::to_le);
+        for (index, words) in [[a, b, c, d], [e, f, g, h], [0; 4], [0; 4]]
+            .into_iter()
+            .enumerate()
+        {
+            let _ = dma_write!(list[index] = words);
+        }
+
+        let descriptor = Descriptor {
+            opcode: Opcode::Access,
+            count: asid,
+            src: Location::system(list.dma_handle()),
+            ..Descriptor::NOP
+        };
+        let result = self.run_with(regs, descriptor, patience);
+
+        let mut words = [0; 8];
+        for (index, half) in words.chunks_mut(4).enumerate() {
+            let found = dma_read!(list[OUTCOME_ENTRY + index]).unwrap_or_default();
+
+            half.copy_from_slice(&found.map(u64::from_le));
+        }
+        (result, Outcome::from_words(words))
+    }
+
+    fn run_with(
+        &mut self,
+        regs: ChannelRegs<'_>,
+        descriptor: Descriptor,
+        patience: &mut Patience<'_>,
+    ) -> Result<(), Failure> {
         let channel = self.channel;
         let slot = channel.slots.get(self.slot).ok_or(Failure::Device(None))?;
 
         let result = channel
             .publish(regs, self.slot, slot, descriptor)
-            .and_then(|value| channel.wait(regs, self.slot, slot, value));
+            .and_then(|value| channel.wait(regs, self.slot, slot, value, patience));
         channel.stats.fences.inc();
         if let Err(failure) = result {
             channel.stats.fences_failed.inc();

@@ -30,7 +30,8 @@ use crate::{
         OpenFile, //
     },
     gpu::Gpu,
-    pagemap::VramPagemap, //
+    pagemap::VramPagemap,
+    peer, //
 };
 
 /// A bound GPU.
@@ -79,6 +80,7 @@ impl pci::Driver for HsGpu {
             let dir = debugfs::Dir::new(&CString::try_from_fmt(fmt!("hsgpu{}", gpu.index))?);
             let registration = Devres::new(pdev.as_ref(), node.clone().register()?)
                 .inspect_err(|_| dev_err!(pdev.as_ref(), "no device node\n"))?;
+            peer::add(&node);
 
             dev_info!(pdev.as_ref(), "{}, bound\n", &*gpu);
 

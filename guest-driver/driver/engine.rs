@@ -5,22 +5,30 @@
 //! Callers hold folio locks, `mmap_lock` for reading and the notifier mutex, and may come from reclaim. So nothing here
 //! allocates, touches user memory or waits without an end.
 
+use core::ops::Range;
+
 use kernel::{
     prelude::*,
-    sync::Arc, //
+    sync::Arc,
+    workqueue::OwnedQueue, //
 };
 
 use crate::{
-    abi::ring::{
-        Descriptor,
-        Location,
-        SgEntry, //
+    abi::{
+        ring::{
+            Descriptor,
+            Location,
+            Opcode,
+            SgEntry, //
+        },
+        uapi::PAGE_SIZE, //
     },
     channel::{
         Channel,
         Failure,
         Job, //
     },
+    fault::FaultBuffer,
     gpu::Session,
     irq,
     regs::ChannelRegs, //
@@ -51,12 +59,23 @@ pub(crate) struct Segment {
 /// How often work is tried again that was aborted because of another's.
 const ATTEMPTS: usize = 3;
 
-/// What must not outlive the binding of the driver.
+/// Channels, from the first on, that serve copies and fills and the driver's own commands. The others run access jobs.
+pub(crate) const COPY_CHANNELS: usize = 4;
+
+/// How often a command of the driver's own is tried that the device reports as failed.
+const COMMAND_ATTEMPTS: usize = 8;
+
+/// What must not outlive the binding of the driver. Dropped in this order.
 pub(crate) struct Hardware {
-    /// Freed before the channels that the handlers use.
+    /// Freed before the channels and the buffer that the handlers use.
     #[expect(dead_code, reason = "held for its drop")]
-    pub(crate) irqs: KVec<irq::Registration>,
+    pub(crate) irqs: irq::Registrations,
+    /// Where access jobs wait for their end.
+    pub(crate) jobs: OwnedQueue,
+    /// Where page faults of the GPU are served. High priority, as jobs stand still meanwhile.
+    pub(crate) service: OwnedQueue,
     pub(crate) channels: KVec<Arc<Channel>>,
+    pub(crate) faults: Arc<FaultBuffer>,
 }
 
 impl Session<'_> {
@@ -95,10 +114,77 @@ impl Session<'_> {
         again(|| job.run(regs, Descriptor::fill(dst, length, pattern)))
     }
 
+    /// Makes the GPU forget its translations of `range` in address space `asid`. When this returns, no access made with
+    /// one of them is under way: the pages may change hands.
+    ///
+    /// Called from MMU notifiers, so there is no way to fail. If the device does not do it, the channels of access jobs
+    /// are stopped for good: then nothing uses a translation any more.
+    pub(crate) fn invalidate(&self, asid: u32, range: &Range<u64>) {
+        let descriptor = Descriptor {
+            opcode: Opcode::Invalidate,
+            count: asid,
+            dst: Location::system(range.start),
+            length: range.end - range.start,
+            ..Descriptor::NOP
+        };
+
+        self.stats.tlb_invalidations.inc();
+        if self.command(descriptor).is_err() {
+            self.wedge("the TLB cannot be invalidated");
+        }
+    }
+
+    /// Binds address space `asid` to the page table at `root`, or to none.
+    ///
+    /// # Errors
+    ///
+    /// As [`Session::copy`].
+    pub(crate) fn bind(&self, asid: u32, root: Option<Location>) -> Result {
+        self.command(Descriptor {
+            opcode: Opcode::Bind,
+            count: asid,
+            src: root.unwrap_or(Location::system(0)),
+            // CAST: a small constant.
+            length: if root.is_some() { PAGE_SIZE as u64 } else { 0 },
+            ..Descriptor::NOP
+        })
+    }
+
+    /// Runs a command that may be repeated, until it succeeds or has failed too often. Like a CPU fault, it never queues
+    /// behind a migration.
+    fn command(&self, descriptor: Descriptor) -> Result {
+        let (channel, regs) = self.channel_for(Work::Fault)?;
+        let mut job = channel.job();
+        let mut result = Err(Failure::Dead);
+
+        for _ in 0..COMMAND_ATTEMPTS {
+            result = job.run(regs, descriptor);
+            match result {
+                Ok(()) | Err(Failure::Dead) => break,
+                Err(_) => (),
+            }
+        }
+        Ok(result?)
+    }
+
+    /// Stops every channel that runs access jobs, for good.
+    fn wedge(&self, why: &str) {
+        if !self.set_wedged() {
+            return;
+        }
+        dev_err!(self.device(), "{}; no access jobs any more\n", why);
+        for (index, channel) in self.channels().iter().enumerate().skip(COPY_CHANNELS) {
+            if let Ok(regs) = self.regs().channel(index) {
+                channel.abandon(regs);
+            }
+        }
+    }
+
     /// The channel for `work`. Of four channels, CPU faults have two and the others one each; with fewer, they share.
     fn channel_for(&self, work: Work) -> Result<(&Channel, ChannelRegs<'_>)> {
         let channels = self.channels();
-        let index = channel_for(work, channels.len(), usize::try_from(self.turn())?);
+        let count = channels.len().min(COPY_CHANNELS);
+        let index = channel_for(work, count, usize::try_from(self.turn())?);
 
         Ok((
             channels.get(index).ok_or(ENODEV)?,

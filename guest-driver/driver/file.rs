@@ -4,6 +4,7 @@
 
 use kernel::{
     c_str,
+    current,
     devres::Devres,
     fs::File,
     miscdevice::{
@@ -11,9 +12,20 @@ use kernel::{
         MiscDeviceOptions,
         MiscDeviceRegistration, //
     },
+    new_mutex,
     prelude::*,
     str::CStr,
-    sync::Arc,
+    sync::{
+        poll::PollTable,
+        Arc,
+        Mutex, //
+    },
+    time::{
+        delay::fsleep,
+        Delta,
+        Instant,
+        Monotonic, //
+    },
     ThisModule, //
 };
 
@@ -25,8 +37,14 @@ use crate::{
     },
     mirror::Mirror,
     pagemap::VramPagemap,
+    peer,
+    space::Space,
     uapi::Command, //
 };
+
+/// How long `HSGPU_EVICT` tries, and how long it waits in between for those who hold what is left.
+const EVICT_LIMIT: Delta = Delta::from_millis(10_000);
+const EVICT_PAUSE: Delta = Delta::from_millis(1);
 
 /// Names of the nodes, by index of the GPU; as many as can address each other as peers.
 const NAMES: [&CStr; 16] = [
@@ -50,7 +68,7 @@ const NAMES: [&CStr; 16] = [
 
 /// What is behind a device node: a GPU and its memory.
 pub(crate) struct Node {
-    gpu: Arc<Gpu>,
+    pub(crate) gpu: Arc<Gpu>,
     pagemap: Devres<VramPagemap>,
 }
 
@@ -77,8 +95,18 @@ impl Node {
         ))
     }
 
+    /// The memory.
+    ///
+    /// # Errors
+    ///
+    /// `ENODEV` once it is unregistered.
+    pub(crate) fn pagemap<'a>(&'a self, session: &'a Session<'_>) -> Result<&'a VramPagemap> {
+        self.pagemap.access(session.device())
+    }
+
     /// For unbinding: ends the use by ioctls and moves every page off the device.
-    pub(crate) fn shut_down(&self) {
+    pub(crate) fn shut_down(self: &Arc<Self>) {
+        peer::remove(self);
         self.gpu.close();
 
         let evicted = self
@@ -100,6 +128,8 @@ impl Node {
 pub(crate) struct OpenFile {
     node: Arc<Node>,
     mirror: Arc<Mirror>,
+    /// The address space of the GPU, once there was a job. Locked before anything else, and not in page faults.
+    space: Pin<KBox<Mutex<Option<Arc<Space>>>>>,
 }
 
 #[vtable]
@@ -114,7 +144,20 @@ impl MiscDevice for OpenFile {
         let mirror = Mirror::open(&node.gpu)?;
 
         drop(session);
-        Ok(KBox::new(Self { node, mirror }, GFP_KERNEL)?)
+        Ok(KBox::new(
+            Self {
+                node,
+                mirror,
+                space: KBox::pin_init(new_mutex!(None, "hsgpu::file::space"), GFP_KERNEL)?,
+            },
+            GFP_KERNEL,
+        )?)
+    }
+
+    fn poll(this: &Self, file: &File, table: &PollTable<'_>) -> u32 {
+        let space = this.space.lock().clone();
+
+        space.map_or(0, |space| space.poll(file, table))
     }
 
     fn ioctl(this: &Self, _file: &File, cmd: u32, arg: usize) -> Result<isize> {
@@ -143,6 +186,38 @@ impl MiscDevice for OpenFile {
                 command.write(arg)?;
                 result?;
             }
+            uapi::HSGPU_SUBMIT => {
+                let mut command = uapi::Submit::read(arg)?;
+
+                this.space(&session)?.submit(&session, &mut command)?;
+                command.write(arg)?;
+            }
+            uapi::HSGPU_WAIT => {
+                let mut command = uapi::Wait::read(arg)?;
+
+                // Without a space there was no job.
+                let space = this.space.lock().clone().ok_or(ENOENT)?;
+                space.wait(&mut command)?;
+                command.write(arg)?;
+            }
+            uapi::HSGPU_POLICY => {
+                this.space(&session)?
+                    .set_policy(&uapi::Policy::read(arg)?)?;
+            }
+            uapi::HSGPU_EVICT => {
+                let mut command = uapi::Evict::read(arg)?;
+
+                let result = this.evict(&session, pagemap, &mut command);
+                command.write(arg)?;
+                result?;
+            }
+            uapi::HSGPU_PEER_MIGRATE => {
+                let mut command = uapi::PeerMigrate::read(arg)?;
+
+                let result = peer::migrate(&session, pagemap, this.mirror.mm(), &mut command);
+                command.write(arg)?;
+                result?;
+            }
             uapi::HSGPU_STATS => session.stats_snapshot().write(arg)?,
             _ => return Err(ENOTTY),
         }
@@ -151,6 +226,60 @@ impl MiscDevice for OpenFile {
 }
 
 impl OpenFile {
+    /// The address space of the GPU, which the first one to ask for makes.
+    fn space(&self, session: &Session<'_>) -> Result<Arc<Space>> {
+        let mut space = self.space.lock();
+
+        match &*space {
+            Some(space) => Ok(space.clone()),
+            None => {
+                let mm = self.mirror.mm().mmget_not_zero().ok_or(ESRCH)?;
+
+                Ok(space.insert(Space::open(&self.node, session, &mm)?).clone())
+            }
+        }
+    }
+
+    /// Serves `HSGPU_EVICT`.
+    ///
+    /// # Errors
+    ///
+    /// Those of a migration; `EINTR`; `EBUSY` if pages are locked or held by others for too long.
+    fn evict(
+        &self,
+        session: &Session<'_>,
+        pagemap: &VramPagemap,
+        command: &mut uapi::Evict,
+    ) -> Result {
+        let start = Instant::<Monotonic>::now();
+
+        command.evicted = 0;
+        loop {
+            let mut migrate = uapi::Migrate {
+                addr: command.addr,
+                npages: command.npages,
+                select: uapi::SELECT_DEVICE_PRIVATE,
+                owner: uapi::OWNER_OWN,
+                direction: uapi::TO_SYSTEM,
+                ..Default::default()
+            };
+            let result = self.mirror.migrate(session, pagemap, &mut migrate);
+
+            command.evicted += migrate.migrated;
+            result?;
+            if migrate.collected == migrate.migrated {
+                return Ok(());
+            }
+            if start.elapsed() > EVICT_LIMIT {
+                return Err(EBUSY);
+            }
+            if current!().signal_pending() {
+                return Err(EINTR);
+            }
+            fsleep(EVICT_PAUSE);
+        }
+    }
+
     /// The commands of `lib/test_hmm_uapi.h`, in terms of this driver's own.
     ///
     /// # Errors
@@ -226,5 +355,13 @@ impl OpenFile {
         self.mirror.migrate(session, pagemap, &mut migrate)?;
         command.cpages = migrate.migrated;
         Ok(())
+    }
+}
+
+impl Drop for OpenFile {
+    fn drop(&mut self) {
+        if let Some(space) = self.space.lock().take() {
+            space.close();
+        }
     }
 }

@@ -25,6 +25,7 @@
 use core::ops::Deref;
 
 use kernel::{
+    c_str,
     device::{
         Bound,
         Device, //
@@ -44,11 +45,16 @@ use kernel::{
             Relaxed, //
         },
         Arc, //
+    },
+    workqueue::{
+        OwnedQueue,
+        Placement, //
     }, //
 };
 
 use crate::{
     abi::{
+        mmu::ADDRESS_SPACES,
         pci::CHANNELS,
         regs::{
             ID_MAGIC,
@@ -60,17 +66,26 @@ use crate::{
         },
     },
     channel::Channel,
-    engine::Hardware,
+    engine::{
+        Hardware,
+        COPY_CHANNELS, //
+    },
+    fault::FaultBuffer,
     gate::{
         Gate,
         Inside, //
     },
     irq,
+    registry::{
+        JobChannels,
+        Spaces, //
+    },
     regs::{
         Bar0,
         Regs, //
     },
     selftest,
+    space::Space,
     stats::Stats,
     vram::{
         Vram,
@@ -83,6 +98,7 @@ use crate::{
 struct Identity {
     index: u8,
     channels: usize,
+    spaces: usize,
     synchronous: bool,
     vram_pages: usize,
 }
@@ -97,6 +113,12 @@ pub(crate) struct Gpu {
     pub(crate) vram: Vram,
     /// Its counters.
     pub(crate) stats: Arc<Stats>,
+    /// Its address spaces.
+    #[pin]
+    pub(crate) spaces: Spaces,
+    /// The channels on which access jobs run.
+    #[pin]
+    pub(crate) job_channels: JobChannels,
     identity: Identity,
     dev: ARef<Device>,
     bar: Arc<Devres<Bar0>>,
@@ -109,6 +131,8 @@ pub(crate) struct Gpu {
     faults: Gate,
     /// For taking turns among channels.
     turn: Atomic<u32>,
+    /// 1 once access jobs are over, because the device does not do as it is told.
+    wedged: Atomic<u32>,
 }
 
 /// A GPU in use: its hardware works as long as this lives.
@@ -143,14 +167,24 @@ impl Gpu {
                 GFP_KERNEL,
             )?;
         }
-        let irqs = irq::request(pdev, &channels)?;
-        let hardware = Devres::new(dev, Ok::<_, Error>(Hardware { irqs, channels }))?;
+        let faults = FaultBuffer::new(dev, stats.clone())?;
+        let irqs = irq::request(pdev, &channels, &faults)?;
+        let hardware = Hardware {
+            irqs,
+            jobs: OwnedQueue::new(c_str!("hsgpu-jobs"), Placement::Unbound)?,
+            service: OwnedQueue::new(c_str!("hsgpu-faults"), Placement::UnboundHighpri)?,
+            channels,
+            faults,
+        };
+        let hardware = Devres::new(dev, Ok::<_, Error>(hardware))?;
 
         let gpu = Arc::pin_init(
             try_pin_init!(Self {
                 index: identity.index,
                 vram <- Vram::new(identity.vram_pages),
                 stats,
+                spaces <- Spaces::new(identity.spaces)?,
+                job_channels <- JobChannels::new(COPY_CHANNELS..identity.channels),
                 identity,
                 dev: dev.into(),
                 bar,
@@ -158,6 +192,7 @@ impl Gpu {
                 ioctls <- Gate::new(),
                 faults <- Gate::new(),
                 turn: Atomic::new(0),
+                wedged: Atomic::new(0),
             }),
             GFP_KERNEL,
         )?;
@@ -172,6 +207,13 @@ impl Gpu {
                 dev_err!(dev, "channel {} does not start: {}\n", index, regs.status())
             })?;
         }
+        if identity.spaces != 0 {
+            session
+                .faults()
+                .enable(session.regs)
+                .inspect_err(|_| dev_err!(dev, "the fault buffer does not start\n"))?;
+        }
+        session.hardware.faults.start(gpu.clone());
         selftest::run(&session, identity.synchronous)?;
         drop(session);
         Ok(gpu)
@@ -195,10 +237,23 @@ impl Gpu {
         self.session(&self.faults)
     }
 
-    /// Lets no more ioctls in and waits for those that run.
+    /// Lets no more ioctls in, ends every job, and waits for the ioctls that run.
     pub(crate) fn close(&self) {
         self.ioctls.close();
+        // Ioctls may wait for jobs, and the one that was just being made may be a space of its own.
+        self.kill_spaces();
         self.ioctls.wait_empty();
+        self.kill_spaces();
+    }
+
+    fn kill_spaces(&self) {
+        if let Ok(session) = self.enter_fault() {
+            for asid in 0..self.identity.spaces {
+                if let Some(space) = self.spaces.get(asid) {
+                    space.kill(&session);
+                }
+            }
+        }
     }
 
     fn session<'a>(&'a self, gate: &'a Gate) -> Result<Session<'a>> {
@@ -247,6 +302,41 @@ impl Session<'_> {
         &self.hardware.channels
     }
 
+    /// The address space `asid`, if it is in use.
+    pub(crate) fn space(&self, asid: usize) -> Option<Arc<Space>> {
+        self.gpu.spaces.get(asid)
+    }
+
+    /// All address spaces.
+    pub(crate) fn spaces(&self) -> &Spaces {
+        &self.gpu.spaces
+    }
+
+    /// The fault buffer.
+    pub(crate) fn faults(&self) -> &FaultBuffer {
+        &self.hardware.faults
+    }
+
+    /// Where access jobs wait for their end.
+    pub(crate) fn job_queue(&self) -> &OwnedQueue {
+        &self.hardware.jobs
+    }
+
+    /// Where faults of the GPU are served.
+    pub(crate) fn service_queue(&self) -> &OwnedQueue {
+        &self.hardware.service
+    }
+
+    /// Whether a doorbell returns with the work done.
+    pub(crate) fn is_synchronous(&self) -> bool {
+        self.gpu.identity.synchronous
+    }
+
+    /// Notes that there are no access jobs any more. Returns whether there were until now.
+    pub(crate) fn set_wedged(&self) -> bool {
+        self.gpu.wedged.fetch_add(1, Relaxed) == 0
+    }
+
     /// A number that grows, for taking turns.
     pub(crate) fn turn(&self) -> u32 {
         self.gpu.turn.fetch_add(1, Relaxed)
@@ -272,6 +362,9 @@ impl Drop for Stop {
         gpu.close();
         gpu.faults.close();
         gpu.faults.wait_empty();
+        if let Some(hardware) = gpu.hardware.try_access() {
+            hardware.faults.stop();
+        }
         // Nothing is in flight any more, but the channels still read their shadow pages.
         let reset = gpu.bar.try_access().map(|bar| Regs::new(&bar).reset());
         if !matches!(reset, Some(Ok(()))) {
@@ -346,6 +439,7 @@ impl Identity {
             index: u8::try_from(index)
                 .inspect_err(|_| dev_err!(dev, "GPU index {} out of range\n", index))?,
             channels,
+            spaces: usize::from(caps.spaces()).min(ADDRESS_SPACES),
             synchronous: caps.synchronous(),
             vram_pages,
         })

@@ -2,6 +2,14 @@
 
 //! hsgpu: driver of the emulated hmmstorm GPU, whose memory is device-private memory of the kernel.
 
+use kernel::{
+    c_str,
+    driver::Registration,
+    pci,
+    prelude::*,
+    InPlaceModule, //
+};
+
 #[path = "../../abi/src/spec/mod.rs"]
 #[expect(
     dead_code,
@@ -18,23 +26,50 @@ mod channel;
 mod driver;
 mod engine;
 mod evict;
+mod fault;
 mod fence;
 mod file;
 mod gate;
 mod gpu;
 mod irq;
+mod job;
 mod lru;
 mod migrate;
 mod mirror;
+mod page_table;
 mod pagemap;
+mod peer;
+mod policy;
+mod registry;
 mod regs;
 mod selftest;
+mod serve;
+mod space;
 mod stats;
+mod tables;
 mod uapi;
 mod vram;
 
-kernel::module_pci_driver! {
-    type: driver::HsGpu,
+/// The module: the driver, and what its GPUs share.
+#[pin_data]
+struct HsGpuModule {
+    #[pin]
+    driver: Registration<pci::Adapter<driver::HsGpu>>,
+}
+
+impl InPlaceModule for HsGpuModule {
+    fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
+        // SAFETY: The module is initialised once, and there is no GPU yet.
+        unsafe { peer::init() };
+
+        try_pin_init!(Self {
+            driver <- Registration::new(c_str!("hsgpu"), module),
+        })
+    }
+}
+
+module! {
+    type: HsGpuModule,
     name: "hsgpu",
     authors: ["The hmmstorm developers"],
     description: "GPU of the hmmstorm test bench with device-private memory",

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! MSI-X: one vector per channel.
+//! MSI-X: one vector per channel, and one for the fault buffer.
 //!
-//! The hard handler looks at fences in memory and completes completions. It takes no lock and reads no register, so it
-//! needs no thread.
+//! The hard handler of a channel looks at fences in memory and completes completions, that of the fault buffer queues
+//! work. They take no lock of this driver and read no register, so they need no thread.
 
 use kernel::{
     c_str,
@@ -20,9 +20,11 @@ use kernel::{
 use crate::{
     abi::pci::{
         VECTORS,
-        VECTOR_CHANNEL0, //
+        VECTOR_CHANNEL0,
+        VECTOR_FAULT, //
     },
-    channel::Channel, //
+    channel::Channel,
+    fault::FaultBuffer, //
 };
 
 impl irq::Handler for Channel {
@@ -32,10 +34,23 @@ impl irq::Handler for Channel {
     }
 }
 
-/// The handler of a channel's vector, requested.
-pub(crate) type Registration = Pin<KBox<irq::Registration<Arc<Channel>>>>;
+/// The handler of the fault buffer's vector.
+pub(crate) struct FaultHandler(Arc<FaultBuffer>);
 
-/// Requests the vector of each of `channels`, which are those from channel 0 on.
+impl irq::Handler for FaultHandler {
+    fn handle(&self, _dev: &Device<Bound>) -> irq::IrqReturn {
+        self.0.interrupt();
+        irq::IrqReturn::Handled
+    }
+}
+
+/// The handlers, requested.
+pub(crate) struct Registrations {
+    _channels: KVec<Pin<KBox<irq::Registration<Arc<Channel>>>>>,
+    _faults: Pin<KBox<irq::Registration<FaultHandler>>>,
+}
+
+/// Requests the vector of each of `channels`, which are those from channel 0 on, and that of the fault buffer.
 ///
 /// # Errors
 ///
@@ -43,7 +58,8 @@ pub(crate) type Registration = Pin<KBox<irq::Registration<Arc<Channel>>>>;
 pub(crate) fn request(
     pdev: &pci::Device<Bound>,
     channels: &[Arc<Channel>],
-) -> Result<KVec<Registration>> {
+    faults: &Arc<FaultBuffer>,
+) -> Result<Registrations> {
     let count = u32::try_from(VECTORS)?;
     let types = pci::IrqTypes::default().with(pci::IrqType::MsiX);
     let vectors = pdev
@@ -70,5 +86,15 @@ pub(crate) fn request(
 
         irqs.push(KBox::pin_init(registration, GFP_KERNEL)?, GFP_KERNEL)?;
     }
-    Ok(irqs)
+
+    let faults = pdev.request_irq(
+        pdev.irq_vector(&vectors, u32::from(VECTOR_FAULT))?,
+        irq::Flags::TRIGGER_NONE,
+        c_str!("hsgpu"),
+        Ok::<_, Error>(FaultHandler(faults.clone())),
+    );
+    Ok(Registrations {
+        _channels: irqs,
+        _faults: KBox::pin_init(faults, GFP_KERNEL)?,
+    })
 }

@@ -143,7 +143,7 @@ impl Mirror {
     }
 
     /// The address space.
-    fn mm(&self) -> &Mm {
+    pub(crate) fn mm(&self) -> &Mm {
         self.notifier.mm()
     }
 

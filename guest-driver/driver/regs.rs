@@ -86,6 +86,47 @@ impl<'a> Regs<'a> {
         }
     }
 
+    /// Starts the fault buffer: `ring` and `shadow` are 4 KiB aligned DMA addresses, `order` is the log2 of the buffer's
+    /// entries. It must be disabled.
+    ///
+    /// # Errors
+    ///
+    /// `EIO` if it does not run afterwards.
+    pub(crate) fn enable_faults(self, ring: u64, order: u32, shadow: u64) -> Result {
+        self.write_pair(regs::FAULT_RING_LO, ring);
+        self.0.write32(order, regs::FAULT_ORDER);
+        self.write_pair(regs::FAULT_SHADOW_LO, shadow);
+        self.0
+            .write32(regs::FAULT_CONTROL_ENABLE, regs::FAULT_CONTROL);
+
+        match self.0.read32(regs::FAULT_CONTROL) {
+            DEAD => Err(EIO),
+            control if control & regs::FAULT_CONTROL_ENABLE != 0 => Ok(()),
+            _ => Err(EIO),
+        }
+    }
+
+    /// Lets every job that stalled on a fault look again. Of a synchronous device, this returns when they are done or
+    /// have stalled again.
+    pub(crate) fn replay_faults(self) {
+        self.0.write32(1, regs::FAULT_REPLAY);
+    }
+
+    /// Ends the jobs that stalled on the fault with this sequence number.
+    pub(crate) fn cancel_fault(self, sequence: u32) {
+        self.0.write32(sequence, regs::FAULT_CANCEL);
+    }
+
+    /// Writes the two halves of a register pair, of which the low one is at `low`.
+    fn write_pair(self, low: usize, value: u64) {
+        // The pairs of this register file are inside the BAR, so that neither can fail.
+        // CAST: the two halves of the value.
+        let _ = self.0.try_write32(value as u32, low);
+        let _ = self
+            .0
+            .try_write32((value >> 32) as u32, low + size_of::<u32>());
+    }
+
     /// The registers of channel `index`.
     ///
     /// # Errors

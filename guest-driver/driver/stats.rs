@@ -97,4 +97,30 @@ stats! {
     interrupts,
     /// Pages evicted to make room for others.
     evicted,
+    /// Entries read from the fault buffer.
+    gpu_faults,
+    /// Of these, those that could not be served.
+    gpu_faults_failed,
+    /// Of these, those that found the page mapped by then.
+    gpu_faults_stale,
+    /// Faults that found the buffer full.
+    fault_overflows,
+    /// Replays asked for.
+    replays,
+    /// Pages entered in GPU page tables.
+    gpu_mapped,
+    /// Huge entries made.
+    gpu_mapped_huge,
+    /// Pages taken from GPU page tables.
+    gpu_unmapped,
+    /// Invalidations of the GPU's TLB.
+    tlb_invalidations,
+    /// Pages that stayed in system memory because they had moved too often.
+    thrashing,
+    /// Access jobs that ended.
+    jobs,
+    /// Of these, those that ended in an error.
+    jobs_failed,
+    /// Pages that came from the memory of another GPU.
+    from_peer,
 }

@@ -31,7 +31,17 @@ macro_rules! plain {
 #[repr(transparent)]
 struct Plain<T>(T);
 
-plain!(DmirrorCmd, Migrate, Access, Stats);
+plain!(
+    DmirrorCmd,
+    Migrate,
+    Access,
+    Stats,
+    Submit,
+    Wait,
+    Policy,
+    Evict,
+    PeerMigrate
+);
 
 /// An ioctl structure of this driver.
 pub(crate) trait Command: Sized {

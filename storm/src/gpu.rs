@@ -5,6 +5,8 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::sync::atomic::Ordering::Relaxed;
 
+use hmmstorm_abi::job::{Job, Outcome};
+use hmmstorm_abi::ring::Status;
 use hmmstorm_abi::uapi;
 use rustix::io::Errno;
 use thiserror::Error;
@@ -51,6 +53,48 @@ pub(crate) enum GpuError {
         end: usize,
         /// User address of the first page.
         address: u64,
+        /// Why.
+        source: Errno,
+    },
+    /// A job failed.
+    #[error("a job on GPU {gpu} ended with `{status}` after {done} accesses: {job:?}")]
+    Job {
+        /// The GPU.
+        gpu: usize,
+        /// The job.
+        job: Job,
+        /// How it ended.
+        status: String,
+        /// How far it came.
+        done: u64,
+    },
+    /// A job cannot be started.
+    #[error("HSGPU_SUBMIT on GPU {gpu} of {job:?}: {source}")]
+    Submit {
+        /// The GPU.
+        gpu: usize,
+        /// The job.
+        job: Job,
+        /// Why.
+        source: Errno,
+    },
+    /// A job cannot be waited for.
+    #[error("HSGPU_WAIT on GPU {gpu} for {job:?}: {source}")]
+    Wait {
+        /// The GPU.
+        gpu: usize,
+        /// The job.
+        job: Job,
+        /// Why.
+        source: Errno,
+    },
+    /// A policy is refused.
+    #[error("HSGPU_POLICY on GPU {gpu}, {policy:?}: {source}")]
+    Policy {
+        /// The GPU.
+        gpu: usize,
+        /// The policy.
+        policy: uapi::Policy,
         /// Why.
         source: Errno,
     },
@@ -176,12 +220,117 @@ impl Gpu {
         Ok(bytes.take(range.pages()).filter(local).count())
     }
 
+    /// Starts an access job over `range` and comes back at once.
+    ///
+    /// # Errors
+    /// [`GpuError::Call`].
+    pub(crate) fn submit(&self, range: PageSpan<'_>, job: Job) -> Result<Running<'_>, GpuError> {
+        let submitted = ioctl::submit(&self.file, range, job, uapi::Submit::default())
+            .map_err(self.call_error("HSGPU_SUBMIT", range))?;
+        Ok(Running { gpu: self, handle: submitted.handle, job })
+    }
+
+    /// Starts an access job that only loads, at addresses where there may be nothing.
+    ///
+    /// # Errors
+    /// [`GpuError::Submit`], also if the job stores.
+    pub(crate) fn submit_anywhere(&self, job: Job) -> Result<Running<'_>, GpuError> {
+        let gpu = self.index;
+        let submitted =
+            ioctl::submit_load(&self.file, job).map_err(|source| GpuError::Submit { gpu, job, source })?;
+        Ok(Running { gpu: self, handle: submitted.handle, job })
+    }
+
+    /// Runs an access job over `range` in this thread, which serves its page faults, too.
+    ///
+    /// # Errors
+    /// [`GpuError::Call`], [`GpuError::Job`].
+    pub(crate) fn run_here(&self, range: PageSpan<'_>, job: Job) -> Result<Outcome, GpuError> {
+        let request = uapi::Submit { flags: uapi::SUBMIT_DIRECT, ..Default::default() };
+        let submitted = ioctl::submit(&self.file, range, job, request)
+            .map_err(self.call_error("HSGPU_SUBMIT (direct)", range))?;
+        Running { gpu: self, handle: submitted.handle, job }.wait()
+    }
+
+    /// Sets what the driver does when the GPU faults in this address space.
+    ///
+    /// # Errors
+    /// [`GpuError::Policy`].
+    pub(crate) fn set_policy(&self, policy: uapi::Policy) -> Result<(), GpuError> {
+        ioctl::policy(&self.file, policy).map_err(|source| GpuError::Policy {
+            gpu: self.index,
+            policy,
+            source,
+        })
+    }
+
+    /// Moves what this GPU has of `range` back to system memory; returns how many pages moved.
+    ///
+    /// # Errors
+    /// [`GpuError::Call`].
+    pub(crate) fn evict(&self, range: PageSpan<'_>) -> Result<u64, GpuError> {
+        ioctl::evict(&self.file, range)
+            .map(|done| done.evicted)
+            .map_err(self.call_error("HSGPU_EVICT", range))
+    }
+
     /// The driver's counters.
     ///
     /// # Errors
     /// [`GpuError::Stats`].
     pub(crate) fn stats(&self) -> Result<uapi::Stats, GpuError> {
         ioctl::stats(&self.file).map_err(|source| GpuError::Stats { gpu: self.index, source })
+    }
+}
+
+/// A job that was started. It goes on if this is dropped, until its GPU is closed.
+#[derive(Debug)]
+pub(crate) struct Running<'a> {
+    gpu: &'a Gpu,
+    handle: u64,
+    job: Job,
+}
+
+impl Running<'_> {
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// [`GpuError::Job`] if it failed, [`GpuError::Wait`].
+    pub(crate) fn wait(self) -> Result<Outcome, GpuError> {
+        let (gpu, job) = (self.gpu.index, self.job);
+        let (status, outcome) = self.end()?;
+        if status == Status::Ok as u32 {
+            Ok(outcome)
+        } else {
+            Err(GpuError::Job { gpu, job, status: status_name(status), done: outcome.done })
+        }
+    }
+
+    /// Waits for its end, however it ends: [`uapi::Wait::status`] and what came out. Of a GPU that was unbound meanwhile,
+    /// [`uapi::JOB_CANCELLED`] and nothing.
+    ///
+    /// # Errors
+    /// [`GpuError::Wait`].
+    pub(crate) fn end(self) -> Result<(u32, Outcome), GpuError> {
+        let (gpu, job) = (self.gpu.index, self.job);
+        match ioctl::wait(&self.gpu.file, self.handle, WAIT_MS) {
+            Ok(ended) => Ok((ended.status, Outcome::from_words(ended.outcome))),
+            Err(Errno::NODEV) => Ok((uapi::JOB_CANCELLED, Outcome::default())),
+            Err(source) => Err(GpuError::Wait { gpu, job, source }),
+        }
+    }
+}
+
+/// How long a job is waited for: longer than the driver lets one live without progress.
+const WAIT_MS: u32 = 600_000;
+
+fn status_name(status: u32) -> String {
+    match status {
+        uapi::JOB_TIMEOUT => "no end in time".to_owned(),
+        uapi::JOB_DEAD => "the device is dead".to_owned(),
+        uapi::JOB_CANCELLED => "cancelled".to_owned(),
+        code => Status::from_u32(code)
+            .map_or_else(|| format!("unknown status {code}"), |status| format!("{status:?}")),
     }
 }
 
@@ -213,6 +362,19 @@ pub(crate) fn named(stats: &uapi::Stats) -> BTreeMap<String, u64> {
         ("interrupts", stats.interrupts),
         ("flags", stats.flags),
         ("evicted", stats.evicted),
+        ("gpu_faults", stats.gpu_faults),
+        ("gpu_faults_failed", stats.gpu_faults_failed),
+        ("gpu_faults_stale", stats.gpu_faults_stale),
+        ("fault_overflows", stats.fault_overflows),
+        ("replays", stats.replays),
+        ("gpu_mapped", stats.gpu_mapped),
+        ("gpu_mapped_huge", stats.gpu_mapped_huge),
+        ("gpu_unmapped", stats.gpu_unmapped),
+        ("tlb_invalidations", stats.tlb_invalidations),
+        ("thrashing", stats.thrashing),
+        ("jobs", stats.jobs),
+        ("jobs_failed", stats.jobs_failed),
+        ("from_peer", stats.from_peer),
     ]
     .into_iter()
     .map(|(name, value)| (name.to_owned(), value))

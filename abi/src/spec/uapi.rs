@@ -140,6 +140,124 @@ pub struct Access {
 /// [`Access`].
 pub const HSGPU_ACCESS: u32 = iowr(0x81, size_of::<Access>());
 
+/// Flag of [`Submit`]: the caller runs the job, serves its page faults itself, and comes back when it has ended. A
+/// signal ends the job. Without it, a kernel worker does, and the call returns at once.
+pub const SUBMIT_DIRECT: u32 = 1 << 0;
+
+/// Most jobs of one open file that were submitted and not waited for yet.
+pub const JOBS_MAX: usize = 32;
+
+/// Starts an access job in the address space of the process that opened the file.
+///
+/// Fails with `EAGAIN` if [`JOBS_MAX`] jobs have not been waited for yet, with `ENOSPC` if all address spaces of the
+/// GPU are in use, and with `ENXIO` if it has no channel for jobs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Submit {
+    /// In: the [`Job`](super::job::Job) as words.
+    pub job: [u64; 8],
+    /// In: milliseconds after which the job has failed if it made no progress that the driver can see (a page fault
+    /// served, its end); 0 for 10 s.
+    pub limit_ms: u32,
+    /// In: [`SUBMIT_DIRECT`].
+    pub flags: u32,
+    /// Out: what [`Wait`] wants.
+    pub handle: u64,
+}
+
+/// [`Submit`].
+pub const HSGPU_SUBMIT: u32 = iowr(0x83, size_of::<Submit>());
+
+/// [`Wait::status`]: no end within the job's limit; its channel was reset.
+pub const JOB_TIMEOUT: u32 = 0x100;
+/// [`Wait::status`]: the device does not answer any more.
+pub const JOB_DEAD: u32 = 0x101;
+/// [`Wait::status`]: the job was ended, by a signal or because the driver unbinds, or it never began.
+pub const JOB_CANCELLED: u32 = 0x102;
+
+/// Waits for the end of a job, and forgets it.
+///
+/// Fails with `ENOENT` if there is no such job, with `ETIMEDOUT` if it has not ended in time, with `EINTR`. A file can
+/// be polled: it is readable when a job has ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Wait {
+    /// In: what [`Submit`] gave.
+    pub handle: u64,
+    /// In: how long to wait, in milliseconds.
+    pub timeout_ms: u32,
+    /// Out: the [`Status`](super::ring::Status) with which the job ended, or one of `JOB_*`.
+    pub status: u32,
+    /// Out: the [`Outcome`](super::job::Outcome) as words.
+    pub outcome: [u64; 8],
+}
+
+/// [`Wait`].
+pub const HSGPU_WAIT: u32 = iowr(0x84, size_of::<Wait>());
+
+/// Sizes in bytes that [`Policy::chunk`] may have.
+pub const CHUNKS: [u64; 3] = [4 << 10, 64 << 10, 2 << 20];
+/// [`Policy::placement`]: a page that the GPU faults on migrates to its memory.
+pub const PLACE_MIGRATE: u32 = 0;
+/// [`Policy::placement`]: it stays where it is, and the GPU accesses it there.
+pub const PLACE_STAY: u32 = 1;
+
+/// What the driver does when the GPU faults in the address space of this file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Policy {
+    /// In: bytes that are migrated and mapped at once, one of [`CHUNKS`]; at first 64 KiB.
+    pub chunk: u64,
+    /// In: [`PLACE_MIGRATE`] or [`PLACE_STAY`]. What the GPU wants to be atomic on migrates in any case: it can be only in
+    /// its own memory.
+    pub placement: u32,
+    /// In: [`OWNER_OWN`] or [`OWNER_NONE`]: what `hmm_range_fault()` gets as `dev_private_owner`. With the latter nothing
+    /// migrates to the GPU, and what is there comes back when the GPU faults on it.
+    pub owner: u32,
+    /// In: migrations of a chunk to the GPU within `window_ms` after which it stays in system memory for as long again;
+    /// 0 for any number.
+    pub limit: u32,
+    /// In: see `limit`.
+    pub window_ms: u32,
+}
+
+/// [`Policy`].
+pub const HSGPU_POLICY: u32 = iowr(0x85, size_of::<Policy>());
+
+/// Moves what a range has in this GPU's memory back to system memory, and tries again what is locked at the moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Evict {
+    /// In: user address.
+    pub addr: u64,
+    /// In: pages.
+    pub npages: u64,
+    /// Out: pages that moved.
+    pub evicted: u64,
+}
+
+/// [`Evict`].
+pub const HSGPU_EVICT: u32 = iowr(0x86, size_of::<Evict>());
+
+/// Moves what a range has in the memory of another GPU to the memory of this one, by a copy from GPU to GPU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct PeerMigrate {
+    /// In: user address.
+    pub addr: u64,
+    /// In: pages.
+    pub npages: u64,
+    /// In: index of the other GPU.
+    pub from: u32,
+    /// Reserved, zero.
+    pub reserved: u32,
+    /// Out: pages that moved.
+    pub migrated: u64,
+}
+
+/// [`PeerMigrate`].
+pub const HSGPU_PEER_MIGRATE: u32 = iowr(0x87, size_of::<PeerMigrate>());
+
 /// Counters of one GPU's driver since probe. Each only grows, but for `vram_free` and `device_pages`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
@@ -178,6 +296,32 @@ pub struct Stats {
     pub flags: u64,
     /// Pages evicted to make room for others.
     pub evicted: u64,
+    /// Entries read from the fault buffer.
+    pub gpu_faults: u64,
+    /// Of these, those that could not be served: their jobs were cancelled.
+    pub gpu_faults_failed: u64,
+    /// Of these, those that found the page mapped by then.
+    pub gpu_faults_stale: u64,
+    /// Faults that found the buffer full.
+    pub fault_overflows: u64,
+    /// Replays asked for.
+    pub replays: u64,
+    /// Pages (of 4 KiB) entered in GPU page tables, those of huge entries included.
+    pub gpu_mapped: u64,
+    /// Huge entries (2 MiB) made.
+    pub gpu_mapped_huge: u64,
+    /// Pages taken from GPU page tables.
+    pub gpu_unmapped: u64,
+    /// Invalidations of the GPU's TLB.
+    pub tlb_invalidations: u64,
+    /// Pages that stayed in system memory because they had moved too often.
+    pub thrashing: u64,
+    /// Access jobs that ended, errors included.
+    pub jobs: u64,
+    /// Of these, those that ended in an error.
+    pub jobs_failed: u64,
+    /// Pages that came from the memory of another GPU.
+    pub from_peer: u64,
 }
 
 /// Reads [`Stats`].
@@ -187,7 +331,12 @@ const _: () = {
     assert!(size_of::<DmirrorCmd>() == 40);
     assert!(size_of::<Migrate>() == 56);
     assert!(size_of::<Access>() == 56);
-    assert!(size_of::<Stats>() == 136);
+    assert!(size_of::<Submit>() == 80);
+    assert!(size_of::<Wait>() == 80);
+    assert!(size_of::<Policy>() == 24);
+    assert!(size_of::<Evict>() == 24);
+    assert!(size_of::<PeerMigrate>() == 32);
+    assert!(size_of::<Stats>() == 240);
     // The values of lib/test_hmm_uapi.h.
     assert!(HMM_DMIRROR_READ == 0xc028_4800);
     assert!(HMM_DMIRROR_FLAGS == 0xc028_4808);
