@@ -67,8 +67,10 @@ impl Baseline {
                 );
             }
         }
+        // A driver that was bound anew counts from zero.
+        let seen = |s: &Stats| s.device_faults + s.gpu_faults;
         let faults: u64 =
-            stats.iter().zip(&self.stats).map(|(now, then)| now.device_faults - then.device_faults).sum();
+            stats.iter().zip(&self.stats).map(|(now, then)| seen(now).saturating_sub(seen(then))).sum();
         if faults < progress.faults {
             report(
                 "fault-count",

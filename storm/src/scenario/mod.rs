@@ -6,9 +6,11 @@ pub(crate) mod definition;
 mod drain_livelock;
 mod evict_pressure;
 mod gate;
+mod gpu_endings;
 mod kunit;
 mod selftest;
 mod smoke;
+mod svm;
 mod vfio_selftest;
 
 use thiserror::Error;
@@ -62,6 +64,16 @@ pub(crate) enum WorkError {
         /// How that was seen.
         seen: String,
     },
+    /// A word does not hold what it should.
+    #[error("page {page} should hold {expected}, and holds {found}")]
+    Word {
+        /// Index of its page.
+        page: u64,
+        /// What it should hold.
+        expected: String,
+        /// What it holds, and how that was seen.
+        found: String,
+    },
     /// A system call failed.
     #[error("{call}: {source}")]
     System {
@@ -94,6 +106,11 @@ impl WorkError {
         match self {
             Self::Elsewhere => (),
             Self::Data { mismatch, seen } => slot.post(&Finding::corruption(mismatch, seen)),
+            Self::Word { page, expected, found } => slot.post(&Finding::Corruption {
+                page: *page,
+                expected: expected.clone(),
+                found: found.clone(),
+            }),
             other => slot.post(&Finding::Failure(other.to_string())),
         }
     }
@@ -122,7 +139,7 @@ pub(crate) enum ScenarioError {
 type Build = fn(&Parameters, Machine) -> Result<Box<dyn Workload>, ScenarioError>;
 
 /// Each scenario's definition and constructor.
-const SCENARIOS: [(&str, Build); 8] = [
+const SCENARIOS: [(&str, Build); 10] = [
     (include_str!("../../scenarios/drain-livelock.toml"), |p, m| {
         Ok(Box::new(drain_livelock::DrainLivelock::new(p, m)?))
     }),
@@ -130,6 +147,8 @@ const SCENARIOS: [(&str, Build); 8] = [
     (include_str!("../../scenarios/evict-pressure.toml"), |p, m| {
         Ok(Box::new(evict_pressure::EvictPressure::new(p, m)))
     }),
+    (include_str!("../../scenarios/svm.toml"), |p, m| Ok(Box::new(svm::Svm::new(p, m)))),
+    (include_str!("../../scenarios/gpu-endings.toml"), |p, _| Ok(Box::new(gpu_endings::GpuEndings::new(p)))),
     (include_str!("../../scenarios/boot.toml"), |_, _| Ok(Box::new(boot::Boot))),
     (include_str!("../../scenarios/kunit.toml"), |p, _| Ok(Box::new(kunit::Kunit::new(p)))),
     (include_str!("../../scenarios/conformance.toml"), |p, _| Ok(Box::new(conformance::Conformance::new(p)))),
@@ -215,7 +234,7 @@ mod tests {
         let error = prepare("drain", None, [], MACHINE).expect_err("unknown").to_string();
         assert_eq!(
             error,
-            "there is no scenario `drain`; there are: drain-livelock, smoke, evict-pressure, boot, kunit, conformance, selftest, vfio-selftest"
+            "there is no scenario `drain`; there are: drain-livelock, smoke, evict-pressure, svm, gpu-endings, boot, kunit, conformance, selftest, vfio-selftest"
         );
     }
 

@@ -9,6 +9,7 @@
 
 use std::os::fd::AsFd;
 
+use hmmstorm_abi::job::{Job, Op};
 use hmmstorm_abi::uapi;
 use rustix::io;
 use rustix::ioctl::{Opcode, Updater, ioctl};
@@ -79,6 +80,72 @@ pub(crate) fn snapshot(fd: impl AsFd, range: PageSpan<'_>, buffer: &Mapping) -> 
     };
     // SAFETY: HMM_DMIRROR_SNAPSHOT takes a `DmirrorCmd`; it stores one byte a page into `buffer`, which holds that many.
     unsafe { update::<{ uapi::HMM_DMIRROR_SNAPSHOT }, _>(fd, &mut request) }
+}
+
+/// [`uapi::HSGPU_SUBMIT`]: starts `request.job`, which accesses `range` and nothing else.
+///
+/// # Errors
+/// `EINVAL` for a job that leaves `range`; else what the driver answers.
+pub(crate) fn submit(
+    fd: impl AsFd,
+    range: PageSpan<'_>,
+    job: Job,
+    request: uapi::Submit,
+) -> io::Result<uapi::Submit> {
+    let end = range.address() + (range.pages() * uapi::PAGE_SIZE) as u64;
+    if job.va < range.address() || job.va.checked_add(job.window).is_none_or(|window| window > end) {
+        return Err(io::Errno::INVAL);
+    }
+    let mut request = uapi::Submit { job: job.to_words(), ..request };
+    // SAFETY: HSGPU_SUBMIT takes a `Submit`; the job stores into `range`, which is in a mapping. Who unmaps memory under a
+    // job does so under one that only reads.
+    unsafe { update::<{ uapi::HSGPU_SUBMIT }, _>(fd, &mut request) }?;
+    Ok(request)
+}
+
+/// [`uapi::HSGPU_SUBMIT`] of a job that only loads, wherever it does.
+///
+/// # Errors
+/// `EINVAL` for a job that stores; else what the driver answers.
+pub(crate) fn submit_load(fd: impl AsFd, job: Job) -> io::Result<uapi::Submit> {
+    if !matches!(job.op, Op::Load | Op::Check) {
+        return Err(io::Errno::INVAL);
+    }
+    let mut request = uapi::Submit { job: job.to_words(), ..Default::default() };
+    // SAFETY: HSGPU_SUBMIT takes a `Submit`; the job stores nothing.
+    unsafe { update::<{ uapi::HSGPU_SUBMIT }, _>(fd, &mut request) }?;
+    Ok(request)
+}
+
+/// [`uapi::HSGPU_WAIT`].
+///
+/// # Errors
+/// What the driver answers.
+pub(crate) fn wait(fd: impl AsFd, handle: u64, timeout_ms: u32) -> io::Result<uapi::Wait> {
+    let mut request = uapi::Wait { handle, timeout_ms, ..Default::default() };
+    // SAFETY: HSGPU_WAIT takes a `Wait` and no address.
+    unsafe { update::<{ uapi::HSGPU_WAIT }, _>(fd, &mut request) }?;
+    Ok(request)
+}
+
+/// [`uapi::HSGPU_POLICY`].
+///
+/// # Errors
+/// What the driver answers.
+pub(crate) fn policy(fd: impl AsFd, mut policy: uapi::Policy) -> io::Result<()> {
+    // SAFETY: HSGPU_POLICY takes a `Policy` and no address.
+    unsafe { update::<{ uapi::HSGPU_POLICY }, _>(fd, &mut policy) }
+}
+
+/// [`uapi::HSGPU_EVICT`] over `range`.
+///
+/// # Errors
+/// What the driver answers.
+pub(crate) fn evict(fd: impl AsFd, range: PageSpan<'_>) -> io::Result<uapi::Evict> {
+    let mut request = uapi::Evict { addr: range.address(), npages: range.pages() as u64, evicted: 0 };
+    // SAFETY: HSGPU_EVICT takes an `Evict`; migration moves the pages of a `Mapping` and keeps their contents.
+    unsafe { update::<{ uapi::HSGPU_EVICT }, _>(fd, &mut request) }?;
+    Ok(request)
 }
 
 /// [`uapi::HSGPU_STATS`].

@@ -146,6 +146,19 @@ impl<C: Cell> Mapping<C> {
         self.advise(pages, Advice::LinuxDontNeed)
     }
 
+    /// Takes the right to write to `pages` away, from everyone. The CPU must not store there any more.
+    ///
+    /// # Errors
+    /// Of `mprotect`; `EINVAL` for an empty range or one outside.
+    pub(crate) fn write_protect(&self, pages: Range<usize>) -> io::Result<()> {
+        if pages.start >= pages.end || pages.end > self.pages {
+            return Err(io::Errno::INVAL);
+        }
+        let start = self.page(pages.start).as_ptr().cast_mut().cast();
+        // SAFETY: the range is ours; loads go on to work, and stores are stopped by the CPU.
+        unsafe { mm::mprotect(start, pages.len() * PAGE_SIZE, MprotectFlags::READ) }
+    }
+
     /// Empties the LRU batches of the CPU that this runs on: `MADV_COLD` begins with `lru_add_drain()`
     /// (mm/madvise.c, `madvise_cold()`). To be called on a mapping whose pages were never touched, where it does no more.
     ///
