@@ -135,3 +135,27 @@ fn more_memory_than_vram_loses_nothing() {
     let evicted = driver[0]["evicted"].as_u64().expect("evicted");
     assert!(evicted >= 2048, "only {evicted} pages evicted: that is no pressure on a VRAM of 2048");
 }
+
+#[test]
+fn cpu_and_gpu_work_on_one_memory() {
+    let storm = Storm::run("svm", ["svm", "--cpus", "2"]);
+    expect(&storm, "pass", 0);
+    let driver = storm.verdicts[0]["driver"].as_array().expect("the driver's counters");
+    let counter = |name: &str| driver[0][name].as_u64().expect("a counter");
+    assert!(counter("gpu_faults") > 0 && counter("evicted") > 0 && counter("jobs") > 0);
+    assert_eq!(counter("gpu_mapped"), counter("gpu_unmapped"), "pages are left in GPU page tables");
+}
+
+#[test]
+fn jobs_see_a_broken_copy() {
+    let storm = Storm::run(
+        "svm-corruption",
+        ["svm", "--cpus", "2", "--chaos", "corrupt_every=100", "--expect", "corruption"],
+    );
+    expect(&storm, "corruption", 0);
+}
+
+#[test]
+fn jobs_end_whatever_they_lose() {
+    expect(&Storm::run("gpu-endings", ["gpu-endings", "--cpus", "2"]), "pass", 0);
+}

@@ -460,6 +460,8 @@ mod tests {
         let mut table = new()?;
         let va = 0x4000_0000;
 
+        // A neighbour keeps the table, so that it does not go with the leaf.
+        set(&mut table, va + 0x20_0000, HUGE, leaf(1024))?;
         set(&mut table, va, HUGE, leaf(512))?;
         assert_eq!(table.get(va + 0x12_3456), Some((leaf(512), HUGE)));
         assert_eq!(set(&mut table, va + 0x1000, SMALL, leaf(1)), Err(EEXIST));

@@ -264,6 +264,16 @@ impl Gpu {
         })
     }
 
+    /// Moves what GPU `from` has of `range` to this one; returns how many pages moved.
+    ///
+    /// # Errors
+    /// [`GpuError::Call`].
+    pub(crate) fn take_from(&self, range: PageSpan<'_>, from: &Gpu) -> Result<u64, GpuError> {
+        ioctl::peer_migrate(&self.file, range, from.index as u32)
+            .map(|done| done.migrated)
+            .map_err(self.call_error("HSGPU_PEER_MIGRATE", range))
+    }
+
     /// Moves what this GPU has of `range` back to system memory; returns how many pages moved.
     ///
     /// # Errors

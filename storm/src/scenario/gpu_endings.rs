@@ -21,8 +21,9 @@ use crate::sys::process::fork;
 const GPU: usize = 1;
 /// Words of a page.
 const PAGE_WORDS: u64 = PAGE_SIZE as u64 / WORD;
-/// Times that a job goes around its window: long enough to be running when it should be.
-const LAPS: u64 = 200;
+/// Times that a job goes around its window: long enough to be running when it should be, and far shorter than the
+/// driver's limit for a job that shows no progress.
+const LAPS: u64 = 20;
 /// Guest time in which a child must be where it should be, and in which the driver must let go of it.
 const PATIENCE: Duration = Duration::from_secs(60);
 

@@ -155,6 +155,8 @@ struct Worker<'a> {
     rounds: u64,
     rng: Rng,
     gpu: Gpu,
+    /// Another one, which takes pages from the first.
+    peer: Option<Gpu>,
     /// What CPU and GPU write in turns.
     memory: Mapping,
     /// A chain of pointers.
@@ -180,6 +182,10 @@ impl<'a> Worker<'a> {
         // A file of its own, so an address space of the GPU of its own.
         let gpu = Gpu::open(0)?;
         gpu.set_policy(scenario.policy)?;
+        let peer = if scenario.machine.gpus > 1 { Some(Gpu::open(1)?) } else { None };
+        if let Some(peer) = &peer {
+            peer.set_policy(scenario.policy)?;
+        }
         Ok(Self {
             context,
             slot,
@@ -187,6 +193,7 @@ impl<'a> Worker<'a> {
             rounds: scenario.rounds,
             rng: Rng::new(context.seed, number as u64),
             gpu,
+            peer,
             memory: map(pages)?,
             chain: map(CHAIN)?,
             counter: map(1)?,
@@ -217,7 +224,7 @@ impl<'a> Worker<'a> {
 
     fn step(&mut self) -> Result<(), WorkError> {
         let piece = self.any_piece();
-        match self.rng.up_to(15) {
+        match self.rng.up_to(16) {
             0 | 1 => self.write_by_cpu(piece),
             2 | 3 => self.check_by_cpu(piece),
             4 | 5 => self.write_by_gpu(piece),
@@ -228,6 +235,7 @@ impl<'a> Worker<'a> {
             12 => self.evict(piece),
             13 => self.count(),
             14 => self.follow(),
+            15 => self.check_by_peer(piece),
             _ => self.check_here(piece),
         }
     }
@@ -290,7 +298,7 @@ impl<'a> Worker<'a> {
                 page: (piece * PIECE) as u64,
                 expected: format!("{:#018x} at {:#x}", outcome.first_wanted, outcome.first_va),
                 found: format!(
-                    "{:#018x}, and {} of {} words are wrong (read by GPU 0, {:?})",
+                    "{:#018x}, and {} of {} words are wrong (read by a GPU, {:?})",
                     outcome.first_found, outcome.mismatches, outcome.done, job
                 ),
             });
@@ -360,6 +368,18 @@ impl<'a> Worker<'a> {
         let job = self.job(piece, Op::Check, Pattern::Strided, self.tag(piece))?;
         let outcome = self.gpu.run_here(self.span(piece)?, job)?;
         self.accept(piece, job, outcome)
+    }
+
+    /// The other GPU takes a piece from the first, and checks it. What did not move it fetches by way of system memory.
+    fn check_by_peer(&self, piece: usize) -> Result<(), WorkError> {
+        let Some(peer) = &self.peer else { return self.check_here(piece) };
+        self.begin()?;
+        let job = self.job(piece, Op::Check, Pattern::Strided, self.tag(piece))?;
+        // So that there is something to take.
+        self.accept(piece, job, self.gpu.submit(self.span(piece)?, job)?.wait()?)?;
+        self.begin()?;
+        peer.take_from(self.span(piece)?, &self.gpu)?;
+        self.accept(piece, job, peer.submit(self.span(piece)?, job)?.wait()?)
     }
 
     /// The GPU checks a piece and writes its next generation, word by word.

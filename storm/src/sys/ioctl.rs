@@ -148,6 +148,18 @@ pub(crate) fn evict(fd: impl AsFd, range: PageSpan<'_>) -> io::Result<uapi::Evic
     Ok(request)
 }
 
+/// [`uapi::HSGPU_PEER_MIGRATE`] over `range`, from GPU `from`.
+///
+/// # Errors
+/// What the driver answers.
+pub(crate) fn peer_migrate(fd: impl AsFd, range: PageSpan<'_>, from: u32) -> io::Result<uapi::PeerMigrate> {
+    let mut request =
+        uapi::PeerMigrate { addr: range.address(), npages: range.pages() as u64, from, ..Default::default() };
+    // SAFETY: HSGPU_PEER_MIGRATE takes a `PeerMigrate`; migration moves the pages of a `Mapping` and keeps their contents.
+    unsafe { update::<{ uapi::HSGPU_PEER_MIGRATE }, _>(fd, &mut request) }?;
+    Ok(request)
+}
+
 /// [`uapi::HSGPU_STATS`].
 ///
 /// # Errors
