@@ -164,3 +164,24 @@ fn the_vram_window_ends_at_the_aperture() {
         assert_eq!(data, [0; 4]);
     }
 }
+
+/// Small BAR: the guest's CPUs see a part of VRAM, engines and page tables all of it.
+#[test]
+fn engines_reach_vram_that_the_aperture_does_not_show() {
+    let bench =
+        Bench::new(&["--vram", "8M", "--aperture", "1M", "--mode", "synchronous"], crate::paging::SIZE);
+    let mut driver = Driver::start(&bench, 0, 0, 4);
+    let system = |offset| Location::system(RAM + crate::paging::DATA + offset);
+    let (shown, hidden) = (Location::vram(0), Location::vram(7 << 20));
+    let tables = crate::paging::Tables::new(&bench, 0, Location::system(RAM + crate::paging::TABLES));
+    tables.map(0, hidden, crate::paging::ALL);
+    assert_eq!(driver.run(crate::paging::bind(1, Some(tables.root))), Status::Ok);
+    let store = crate::paging::job(hmmstorm_abi::job::Op::Store, 0, 512);
+    assert_eq!(crate::paging::run(&mut driver, store).0, Status::Ok);
+    assert_eq!(driver.run(Descriptor::copy(hidden, shown, 4096)), Status::Ok);
+    assert_eq!(driver.run(Descriptor::copy(hidden, system(0), 4096)), Status::Ok);
+    let mut window = [0; 8];
+    bench.gpu(0).region_read(Region::Vram, 8, &mut window);
+    let word = hmmstorm_abi::job::word_at(8, 0);
+    assert_eq!((u64::from_le_bytes(window), bench.load_u64(crate::paging::DATA + 8)), (word, word));
+}

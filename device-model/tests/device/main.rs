@@ -12,6 +12,7 @@ mod mmu;
 mod paging;
 mod process;
 mod protocol;
+mod races;
 mod resets;
 mod transport;
 mod unmap;
