@@ -15,6 +15,7 @@ use kernel::{
     miscdevice::MiscDeviceRegistration,
     pci,
     prelude::*,
+    sizes::SZ_1M,
     str::CString,
     sync::Arc, //
 };
@@ -22,6 +23,7 @@ use kernel::{
 use crate::{
     abi::pci::{
         BAR_REGS,
+        BAR_VRAM,
         DEVICE_ID,
         VENDOR_ID, //
     },
@@ -30,6 +32,7 @@ use crate::{
         OpenFile, //
     },
     gpu::Gpu,
+    module_parameters,
     pagemap::VramPagemap,
     peer, //
 };
@@ -40,9 +43,9 @@ pub(crate) struct HsGpu {
     /// `hsgpu<n>/stats` in debugfs.
     #[pin]
     stats: debugfs::File<Arc<Gpu>>,
-    /// The device node; gone as soon as `unbind` has returned, before anything that it uses.
-    _registration: Devres<MiscDeviceRegistration<OpenFile>>,
-    node: Arc<Node>,
+    /// The device nodes; gone as soon as `unbind` has returned, before anything that they use.
+    _registrations: KVec<Devres<MiscDeviceRegistration<OpenFile>>>,
+    nodes: KVec<Arc<Node>>,
 }
 
 const VENDOR: pci::Vendor = pci::Vendor::REDHAT_QUMRANET;
@@ -73,14 +76,23 @@ impl pci::Driver for HsGpu {
                 GFP_KERNEL,
             )
             .inspect_err(|_| dev_err!(pdev.as_ref(), "BAR 0 cannot be mapped\n"))?;
-            let gpu = Gpu::new(pdev, bar)?;
-            let pagemap = Devres::new(pdev.as_ref(), VramPagemap::new(pdev.as_ref(), gpu.clone()))
-                .inspect_err(|_| dev_err!(pdev.as_ref(), "VRAM cannot be registered\n"))?;
-            let node = Node::new(gpu.clone(), pagemap)?;
+            let coherent = u64::from(*module_parameters::coherent_mib.value());
+            // CAST: widening.
+            let gpu = Gpu::new(pdev, bar, coherent * SZ_1M as u64)?;
+            let nodes = nodes(pdev, &gpu)?;
             let dir = debugfs::Dir::new(&CString::try_from_fmt(fmt!("hsgpu{}", gpu.index))?);
-            let registration = Devres::new(pdev.as_ref(), node.clone().register()?)
-                .inspect_err(|_| dev_err!(pdev.as_ref(), "no device node\n"))?;
-            peer::add(&node);
+            let mut registrations = KVec::with_capacity(nodes.len(), GFP_KERNEL)?;
+            for node in &nodes {
+                let registration = Devres::new(pdev.as_ref(), node.clone().register()?)
+                    .inspect_err(|_| {
+                        dev_err!(pdev.as_ref(), "no device node {}\n", node.number())
+                    })?;
+
+                registrations.push(registration, GFP_KERNEL)?;
+            }
+            if let Some(private) = nodes.first() {
+                peer::add(private);
+            }
 
             dev_info!(pdev.as_ref(), "{}, bound\n", &*gpu);
 
@@ -92,13 +104,44 @@ impl pci::Driver for HsGpu {
                         f.write_fmt(fmt!("{}", &*gpu.stats))
                     },
                 ),
-                _registration: registration,
-                node,
+                _registrations: registrations,
+                nodes,
             }))
         })
     }
 
     fn unbind(_pdev: &pci::Device<Core>, this: Pin<&Self>) {
-        this.node.shut_down();
+        for node in &this.nodes {
+            node.shut_down();
+        }
     }
+}
+
+/// Registers the memory of `gpu`: a node of its private memory, and one of its coherent memory if it has any.
+fn nodes(pdev: &pci::Device<Core>, gpu: &Arc<Gpu>) -> Result<KVec<Arc<Node>>> {
+    let dev = pdev.as_ref();
+    let mut nodes = KVec::with_capacity(2, GFP_KERNEL)?;
+
+    let private = Devres::new(dev, VramPagemap::private(dev, gpu.clone()))
+        .inspect_err(|_| dev_err!(dev, "VRAM cannot be registered\n"))?;
+    nodes.push(
+        Node::new(gpu.clone(), private, gpu.private_node())?,
+        GFP_KERNEL,
+    )?;
+
+    if gpu.coherent.pages() != 0 {
+        let aperture = pdev.resource_start(BAR_VRAM)?;
+        // SAFETY: `enable_device_mem()` has made the device decode the BAR, which goes on until it is unbound, when devres
+        // has dropped the pagemap. The driver maps nothing of the BAR, and hands out the coherent part of the VRAM by this
+        // pagemap alone.
+        let coherent = unsafe { VramPagemap::coherent(dev, gpu.clone(), aperture) };
+        let coherent = Devres::new(dev, coherent)
+            .inspect_err(|_| dev_err!(dev, "coherent VRAM cannot be registered\n"))?;
+
+        nodes.push(
+            Node::new(gpu.clone(), coherent, gpu.coherent_node())?,
+            GFP_KERNEL,
+        )?;
+    }
+    Ok(nodes)
 }

@@ -26,11 +26,17 @@ use crate::{
     gpu::Session,
     migrate::{
         to_system,
+        Failures, //
+    },
+    moving::{
         Room,
         PAGES, //
     },
     pagemap::VramPagemap, //
 };
+
+/// The kernel may look a huge folio too far (see [`Migration::collect_device`]).
+type EvictionRoom = Room<{ 2 * PAGES }>;
 
 /// How long [`all`] tries before it gives up.
 const LIMIT: Delta = Delta::from_millis(10_000);
@@ -47,19 +53,20 @@ pub(crate) fn make_room(
     session: &Session<'_>,
     pagemap: &VramPagemap,
     wanted: usize,
-    room: &mut Room,
 ) -> Result<usize> {
-    let wanted = cmp::min(wanted, session.vram.pages());
+    let vram = pagemap.vram();
+    let wanted = cmp::min(wanted, vram.pages());
+    let mut room = EvictionRoom::new(PAGES)?;
     let mut evicted = 0;
 
-    for _ in 0..session.vram.pages() / PAGES {
-        if session.vram.free_pages() >= wanted {
+    for _ in 0..vram.pages() / PAGES {
+        if vram.free_pages() >= wanted {
             break;
         }
-        let Some(first) = session.vram.take_oldest() else {
+        let Some(first) = vram.take_oldest() else {
             break;
         };
-        evicted += match evict(session, pagemap, first, room) {
+        evicted += match evict(session, pagemap, first, &mut room) {
             Ok(pages) => pages,
             Err(ENODEV) => return Err(ENODEV),
             Err(ENOMEM) => return Err(ENOMEM),
@@ -70,20 +77,41 @@ pub(crate) fn make_room(
     Ok(evicted)
 }
 
-/// Evicts what it can of the chunk of pages that begins at `first`.
+/// Evicts what it can of the chunk of pages that begins at `first`: as a huge folio if it is one, and if there is no system
+/// memory in one piece, page by page.
 fn evict(
     session: &Session<'_>,
     pagemap: &VramPagemap,
     first: usize,
-    room: &mut Room,
+    room: &mut EvictionRoom,
 ) -> Result<usize> {
-    let range = first..cmp::min(first + PAGES, pagemap.pages().nr_pages());
-    let migration = Migration::collect_device(pagemap.pages(), range, &mut room.entries)?;
+    let pages = pagemap.pages();
+    let mut once = || -> Result<(usize, usize)> {
+        let range = first..first + PAGES;
+        let migration = Migration::collect_device(pages, range, &mut room.entries)?;
+        let collected = migration.cpages();
 
-    if migration.cpages() == 0 {
-        return Ok(0);
+        if collected == 0 {
+            return Ok((0, 0));
+        }
+        let moved = to_system(
+            session,
+            pagemap,
+            migration,
+            &mut room.segments,
+            &Failures::new(),
+        )?;
+        Ok((collected, moved))
+    };
+
+    let (collected, moved) = once()?;
+    // Without an address the kernel does not split in the course of a migration.
+    if moved < collected && pages.split(first).is_ok() {
+        let (_, more) = once()?;
+
+        return Ok(moved + more);
     }
-    to_system(session, pagemap, migration, &mut room.segments)
+    Ok(moved)
 }
 
 /// Moves every page that is in use back to system memory, whoever uses it.
@@ -97,7 +125,7 @@ fn evict(
 /// message; `ENODEV` if the device is dead; `ENOMEM`.
 pub(crate) fn all(session: &Session<'_>, pagemap: &VramPagemap) -> Result {
     let pages = pagemap.pages();
-    let mut room = Room::new(PAGES)?;
+    let mut room = EvictionRoom::new(PAGES)?;
     let start = Instant::<Monotonic>::now();
 
     loop {
@@ -124,7 +152,7 @@ pub(crate) fn all(session: &Session<'_>, pagemap: &VramPagemap) -> Result {
 }
 
 /// Tries to evict every page once. Returns the last error, but does not stop at it, except for a dead device.
-fn pass(session: &Session<'_>, pagemap: &VramPagemap, room: &mut Room) -> Result {
+fn pass(session: &Session<'_>, pagemap: &VramPagemap, room: &mut EvictionRoom) -> Result {
     let mut result = Ok(());
 
     for first in (0..pagemap.pages().nr_pages()).step_by(PAGES) {

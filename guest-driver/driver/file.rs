@@ -1,8 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The device nodes `/dev/hmm_dmirror<n>` and their ioctls, for the GPU of index `n`.
+//! The device nodes `/dev/hmm_dmirror<n>` and their ioctls, one node for each part of the memory of each GPU.
 
 use kernel::{
+    alloc::flags::{
+        __GFP_ZERO, //
+        GFP_KERNEL_ACCOUNT,
+    },
     c_str,
     current,
     devres::Devres,
@@ -12,7 +16,12 @@ use kernel::{
         MiscDeviceOptions,
         MiscDeviceRegistration, //
     },
+    mm::{
+        pagemap::Kind,
+        virt::VmaNew, //
+    },
     new_mutex,
+    page::Page,
     prelude::*,
     str::CStr,
     sync::{
@@ -30,12 +39,18 @@ use kernel::{
 };
 
 use crate::{
-    abi::uapi,
+    abi::uapi::{
+        self,
+        PAGE_SIZE, //
+    },
     gpu::{
         Gpu,
         Session, //
     },
-    mirror::Mirror,
+    mirror::{
+        user_range,
+        Mirror, //
+    },
     pagemap::VramPagemap,
     peer,
     space::Space,
@@ -46,7 +61,7 @@ use crate::{
 const EVICT_LIMIT: Delta = Delta::from_millis(10_000);
 const EVICT_PAUSE: Delta = Delta::from_millis(1);
 
-/// Names of the nodes, by index of the GPU; as many as can address each other as peers.
+/// Names of the nodes, by number.
 const NAMES: [&CStr; 16] = [
     c_str!("hmm_dmirror0"),
     c_str!("hmm_dmirror1"),
@@ -66,28 +81,45 @@ const NAMES: [&CStr; 16] = [
     c_str!("hmm_dmirror15"),
 ];
 
-/// What is behind a device node: a GPU and its memory.
+/// What is behind a device node: a GPU and a part of its memory.
 pub(crate) struct Node {
     pub(crate) gpu: Arc<Gpu>,
     pagemap: Devres<VramPagemap>,
+    number: u8,
 }
 
 impl Node {
-    /// Puts the two together.
-    pub(crate) fn new(gpu: Arc<Gpu>, pagemap: Devres<VramPagemap>) -> Result<Arc<Self>> {
-        Ok(Arc::new(Self { gpu, pagemap }, GFP_KERNEL)?)
+    /// Puts the two together, for node `number`.
+    pub(crate) fn new(
+        gpu: Arc<Gpu>,
+        pagemap: Devres<VramPagemap>,
+        number: u8,
+    ) -> Result<Arc<Self>> {
+        Ok(Arc::new(
+            Self {
+                gpu,
+                pagemap,
+                number,
+            },
+            GFP_KERNEL,
+        )?)
+    }
+
+    /// The number of the node.
+    pub(crate) fn number(&self) -> u8 {
+        self.number
     }
 
     /// Registers `/dev/hmm_dmirror<n>`.
     ///
     /// # Errors
     ///
-    /// `ENODEV` if there is no name for a GPU of this index; errors of the registration, among them `EEXIST` if the name
+    /// `ENODEV` if there is no name for this number; errors of the registration, among them `EEXIST` if the name
     /// is taken.
     pub(crate) fn register(
         self: Arc<Self>,
     ) -> Result<impl PinInit<MiscDeviceRegistration<OpenFile>, Error>> {
-        let name = *NAMES.get(usize::from(self.gpu.index)).ok_or(ENODEV)?;
+        let name = *NAMES.get(usize::from(self.number)).ok_or(ENODEV)?;
 
         Ok(MiscDeviceRegistration::register(
             MiscDeviceOptions { name },
@@ -104,7 +136,7 @@ impl Node {
         self.pagemap.access(session.device())
     }
 
-    /// For unbinding: ends the use by ioctls and moves every page off the device.
+    /// For unbinding: ends the use by ioctls, of all nodes of the GPU, and moves every page of this part off the device.
     pub(crate) fn shut_down(self: &Arc<Self>) {
         peer::remove(self);
         self.gpu.close();
@@ -115,9 +147,9 @@ impl Node {
             .and_then(|session| self.pagemap.access(session.device())?.evict_all(&session));
         if let Err(error) = evicted {
             pr_err!(
-                "gpu{}: {} pages of VRAM could not be evicted: {:?}\n",
+                "gpu{}: not all of the VRAM of node {} could be evicted: {:?}\n",
                 self.gpu.index,
-                self.gpu.vram.pages() - self.gpu.vram.free_pages(),
+                self.number,
                 error
             );
         }
@@ -158,6 +190,20 @@ impl MiscDevice for OpenFile {
         let space = this.space.lock().clone();
 
         space.map_or(0, |space| space.poll(file, table))
+    }
+
+    /// Maps pages of the kernel's own, zeroed, as `lib/test_hmm` does: something that a device can look at and that is no
+    /// memory of the process.
+    fn mmap(_this: &Self, _file: &File, vma: &VmaNew) -> Result {
+        let area = vma.set_mixedmap();
+
+        for addr in (vma.start()..vma.end()).step_by(PAGE_SIZE) {
+            let page = Page::alloc_page(GFP_KERNEL_ACCOUNT | __GFP_ZERO)?;
+
+            // The mapping has a reference of its own.
+            area.vm_insert_page(addr, &page)?;
+        }
+        Ok(())
     }
 
     fn ioctl(this: &Self, _file: &File, cmd: u32, arg: usize) -> Result<isize> {
@@ -292,6 +338,10 @@ impl OpenFile {
         nr: u32,
         command: &mut uapi::DmirrorCmd,
     ) -> Result {
+        // Whatever the command does with them.
+        user_range(command.addr, command.npages)?;
+        (command.cpages, command.faults) = (0, 0);
+
         match nr {
             uapi::HMM_DMIRROR_READ => self.dmirror_access(session, pagemap, false, command),
             uapi::HMM_DMIRROR_WRITE => self.dmirror_access(session, pagemap, true, command),
@@ -304,7 +354,13 @@ impl OpenFile {
                 self.dmirror_migrate(session, pagemap, uapi::TO_SYSTEM, command)
             }
             uapi::HMM_DMIRROR_SNAPSHOT => self.mirror.snapshot(session, pagemap, command),
+            uapi::HMM_DMIRROR_EXCLUSIVE => self.mirror.exclusive(session, pagemap, command),
+            uapi::HMM_DMIRROR_CHECK_EXCLUSIVE => self.mirror.check_exclusive(command),
             uapi::HMM_DMIRROR_RELEASE => pagemap.evict_all(session),
+            uapi::HMM_DMIRROR_FLAGS => {
+                self.mirror.failures.set(command.npages);
+                Ok(())
+            }
             _ => Err(ENOTTY),
         }
     }
@@ -325,10 +381,13 @@ impl OpenFile {
             ..Default::default()
         };
 
+        // Upstream counts the ioctls that found a page missing, not the calls of hmm_range_fault().
+        let range = user_range(command.addr, command.npages)?;
+        let is_there = self.mirror.notifier.lock().view.covers(range, write);
+
         self.mirror.access(session, pagemap, &mut access)?;
         command.cpages = access.cpages;
-        // Upstream counts the ioctls that had to fault, not the calls of hmm_range_fault().
-        command.faults = access.faults.min(1);
+        command.faults = u64::from(!is_there);
         Ok(())
     }
 
@@ -342,10 +401,12 @@ impl OpenFile {
         let mut migrate = uapi::Migrate {
             addr: command.addr,
             npages: command.npages,
-            select: if direction == uapi::TO_DEVICE {
-                uapi::SELECT_SYSTEM
-            } else {
-                uapi::SELECT_DEVICE_PRIVATE
+            select: match (direction, pagemap.pages().kind()) {
+                (uapi::TO_DEVICE, Kind::Private) => uapi::SELECT_SYSTEM | uapi::SELECT_HUGE,
+                // Coherent memory has no huge folios.
+                (uapi::TO_DEVICE, Kind::Coherent) => uapi::SELECT_SYSTEM,
+                (_, Kind::Private) => uapi::SELECT_DEVICE_PRIVATE | uapi::SELECT_HUGE,
+                (_, Kind::Coherent) => uapi::SELECT_DEVICE_COHERENT,
             },
             owner: uapi::OWNER_OWN,
             direction,

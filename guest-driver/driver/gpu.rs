@@ -22,7 +22,10 @@
 //! interrupts and the DMA memory of the channels, the vectors, the BAR. A file that is still open keeps a [`Gpu`] that
 //! answers `ENODEV`; `fops.owner` keeps the module.
 
-use core::ops::Deref;
+use core::{
+    cmp,
+    ops::Deref, //
+};
 
 use kernel::{
     c_str,
@@ -100,7 +103,10 @@ struct Identity {
     channels: usize,
     spaces: usize,
     synchronous: bool,
+    gpus: u8,
     vram_pages: usize,
+    /// Of these, from the beginning, coherent memory.
+    coherent_pages: usize,
 }
 
 /// One GPU. Outlives the binding of the driver as long as files are open; a [`Session`] proves that it is bound.
@@ -108,9 +114,12 @@ struct Identity {
 pub(crate) struct Gpu {
     /// Position among the GPUs of the device process; the number of its node, and its address as a peer.
     pub(crate) index: u8,
-    /// The allocator of its memory.
+    /// The allocator of its private memory.
     #[pin]
     pub(crate) vram: Vram,
+    /// The allocator of its coherent memory, which may be none.
+    #[pin]
+    pub(crate) coherent: Vram,
     /// Its counters.
     pub(crate) stats: Arc<Stats>,
     /// Its address spaces.
@@ -147,14 +156,20 @@ pub(crate) struct Session<'a> {
 impl Gpu {
     /// Brings the device up: identifies and resets it, starts its channels, and proves that they work.
     ///
+    /// `coherent` bytes of its VRAM are to be coherent memory.
+    ///
     /// # Errors
     ///
-    /// `ENODEV` if this is not a device that the driver can use, `EIO` if it does not work, both with a message; errors of
-    /// the resources that it needs.
-    pub(crate) fn new(pdev: &pci::Device<Bound>, bar: Arc<Devres<Bar0>>) -> Result<Arc<Self>> {
+    /// `ENODEV` if this is not a device that the driver can use, `EIO` if it does not work, `EINVAL` if it has not so much
+    /// memory that the CPU reaches, all with a message; errors of the resources that it needs.
+    pub(crate) fn new(
+        pdev: &pci::Device<Bound>,
+        bar: Arc<Devres<Bar0>>,
+        coherent: u64,
+    ) -> Result<Arc<Self>> {
         let dev = pdev.as_ref();
         let regs = Regs::new(bar.access(dev)?);
-        let identity = Identity::read(dev, regs)?;
+        let identity = Identity::read(dev, regs)?.with_coherent(dev, regs, coherent)?;
         let stats = Arc::new(Stats::new(), GFP_KERNEL)?;
 
         regs.reset()
@@ -181,7 +196,11 @@ impl Gpu {
         let gpu = Arc::pin_init(
             try_pin_init!(Self {
                 index: identity.index,
-                vram <- Vram::new(identity.vram_pages),
+                vram <- Vram::new(
+                    identity.coherent_pages,
+                    identity.vram_pages - identity.coherent_pages,
+                ),
+                coherent <- Vram::new(0, identity.coherent_pages),
                 stats,
                 spaces <- Spaces::new(identity.spaces)?,
                 job_channels <- JobChannels::new(COPY_CHANNELS..identity.channels),
@@ -256,6 +275,17 @@ impl Gpu {
         }
     }
 
+    /// Number of the node of its private memory.
+    pub(crate) fn private_node(&self) -> u8 {
+        self.index
+    }
+
+    /// Number of the node of its coherent memory: after those of the private memory of all GPUs, and where
+    /// `tools/testing/selftests/mm/hmm-tests.c` looks for it.
+    pub(crate) fn coherent_node(&self) -> u8 {
+        cmp::max(self.identity.gpus, 2).saturating_add(self.index)
+    }
+
     fn session<'a>(&'a self, gate: &'a Gate) -> Result<Session<'a>> {
         let inside = gate.enter().ok_or(ENODEV)?;
         // SAFETY: The gate is open, and `Stop` closes it and waits for `inside` before the device is unbound. The
@@ -277,6 +307,8 @@ impl Gpu {
             // CAST: `usize` has 64 bits.
             vram_pages: self.vram.pages() as u64,
             vram_free: self.vram.free_pages() as u64,
+            coherent_pages: self.coherent.pages() as u64,
+            coherent_free: self.coherent.free_pages() as u64,
             flags: u64::from(self.identity.synchronous),
             ..Default::default()
         };
@@ -380,9 +412,10 @@ impl fmt::Display for Gpu {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "gpu{}: {} MiB VRAM, {} channels, {}",
+            "gpu{}: {} MiB VRAM ({} MiB coherent), {} channels, {}",
             self.identity.index,
             self.identity.vram_pages / (SZ_1M / PAGE_SIZE),
+            self.identity.coherent_pages / (SZ_1M / PAGE_SIZE),
             self.identity.channels,
             if self.identity.synchronous {
                 "synchronous"
@@ -441,7 +474,30 @@ impl Identity {
             channels,
             spaces: usize::from(caps.spaces()).min(ADDRESS_SPACES),
             synchronous: caps.synchronous(),
+            gpus: u8::try_from(regs.gpu_count()).unwrap_or(u8::MAX),
             vram_pages,
+            coherent_pages: 0,
         })
+    }
+
+    /// The same with `size` bytes of coherent memory, rounded up to whole chunks.
+    fn with_coherent(mut self, dev: &Device, regs: Regs<'_>, size: u64) -> Result<Self> {
+        let chunk = CHUNK_PAGES * PAGE_SIZE;
+        let chunks = usize::try_from(size)?.div_ceil(chunk);
+        let aperture = usize::try_from(regs.vram_aperture())? / chunk;
+
+        // Private memory is not optional: the node of it is where user space expects it.
+        if chunks > aperture || chunks * CHUNK_PAGES >= self.vram_pages {
+            dev_err!(
+                dev,
+                "coherent_mib asks for {} MiB, but BAR 2 shows {} of {} MiB VRAM, of which some must stay private\n",
+                size / (SZ_1M as u64),
+                regs.vram_aperture() / (SZ_1M as u64),
+                self.vram_pages / (SZ_1M / PAGE_SIZE)
+            );
+            return Err(EINVAL);
+        }
+        self.coherent_pages = chunks * CHUNK_PAGES;
+        Ok(self)
     }
 }

@@ -22,10 +22,12 @@ use kernel::{
 )]
 mod abi;
 
+mod access;
 mod channel;
 mod driver;
 mod engine;
 mod evict;
+mod exclusive;
 mod fault;
 mod fence;
 mod file;
@@ -36,18 +38,23 @@ mod job;
 mod lru;
 mod migrate;
 mod mirror;
+mod moving;
 mod page_table;
 mod pagemap;
 mod peer;
+mod peers;
 mod policy;
 mod registry;
 mod regs;
 mod selftest;
 mod serve;
+mod snapshot;
 mod space;
 mod stats;
 mod tables;
+mod to_ram;
 mod uapi;
+mod view;
 mod vram;
 
 /// The module: the driver, and what its GPUs share.
@@ -74,4 +81,10 @@ module! {
     authors: ["The hmmstorm developers"],
     description: "GPU of the hmmstorm test bench with device-private memory",
     license: "GPL v2",
+    params: {
+        coherent_mib: u32 {
+            default: 0,
+            description: "VRAM of each GPU, in MiB, that becomes coherent memory (needs BAR 2); the rest stays private",
+        },
+    },
 }

@@ -13,45 +13,42 @@
 //! And what user space selects is selected in *one* setup, because the order in which the kernel locks folios and drains
 //! batches within it is the subject of the test bench.
 //!
+//! # Huge folios
+//!
+//! With [`uapi::SELECT_HUGE`], what a PMD maps is collected as one folio and gets one of 2 MiB for a destination. If there
+//! is none, it gets 512 small ones, and the kernel splits the folio on the way. Both are one migration and one
+//! submission to the copy engine. Where the kernel cannot split on the way, which is when there is another reference
+//! (that of a CPU fault) or no address (eviction), the folio is split before it is collected.
+//!
 //! Lock order: see [`crate::gpu`].
 
-use core::{
-    cmp,
-    ops::Range, //
-};
+use core::cmp;
 
 use kernel::{
     current,
-    dma::{
-        DataDirection,
-        PageMapping, //
-    },
     mm::{
         migrate::{
             Collected,
-            Destination,
-            Entries,
             Migration,
             Select,
             Source, //
         },
-        pagemap::{
-            CpuFault,
-            FaultError, //
-        },
+        pagemap::Kind,
         virt::flags,
         Mm, //
     },
-    prelude::*, //
+    prelude::*,
+    sync::atomic::{
+        Atomic,
+        Full,
+        Relaxed, //
+    }, //
 };
 
 use crate::{
-    abi::{
-        ring::Location,
-        uapi::{
-            self,
-            PAGE_SIZE, //
-        },
+    abi::uapi::{
+        self,
+        PAGE_SIZE, //
     },
     engine::{
         Segment,
@@ -63,36 +60,40 @@ use crate::{
         owner,
         user_range, //
     },
-    pagemap::{
-        locate,
-        VramPagemap,
-        VramPages, //
-    }, //
+    moving::{
+        self,
+        Room,
+        PAGES, //
+    },
+    pagemap::VramPagemap, //
 };
-
-/// Pages of one migration: as many as a page table has.
-pub(crate) const PAGES: usize = 512;
 
 /// How often room is made for one call: what was evicted for it may go to somebody else.
 const EVICTIONS: usize = 8;
 
-/// [`PAGE_SIZE`] as the device counts.
-const PAGE_BYTES: u32 = PAGE_SIZE as u32;
+/// What user space can make fail ([`uapi::HMM_DMIRROR_FLAGS`]), for the migrations by one open file.
+pub(crate) struct Failures(Atomic<u64>);
 
-/// Memory that a migration needs, allocated beforehand.
-pub(crate) struct Room {
-    pub(crate) entries: KBox<Entries<PAGES>>,
-    pub(crate) segments: KVVec<Segment>,
-}
+impl Failures {
+    /// Nothing fails.
+    pub(crate) fn new() -> Self {
+        Self(Atomic::new(0))
+    }
 
-impl Room {
-    /// For migrations of up to `pages` pages each. Small requests need small allocations, which do not get into
-    /// compaction, which drains LRU batches.
-    pub(crate) fn new(pages: usize) -> Result<Self> {
-        Ok(Self {
-            entries: KBox::init(pin_init::init_zeroed(), GFP_KERNEL)?,
-            segments: KVVec::with_capacity(cmp::min(pages, PAGES), GFP_KERNEL)?,
-        })
+    /// Sets the flags.
+    pub(crate) fn set(&self, flags: u64) {
+        self.0.store(flags, Relaxed);
+    }
+
+    /// Whether this allocation of a destination is the one that must fail.
+    fn take(&self) -> bool {
+        let flags = self.0.load(Relaxed);
+
+        flags & uapi::HMM_DMIRROR_FLAG_FAIL_ALLOC != 0
+            && self
+                .0
+                .cmpxchg(flags, flags & !uapi::HMM_DMIRROR_FLAG_FAIL_ALLOC, Full)
+                .is_ok()
     }
 }
 
@@ -107,12 +108,14 @@ pub(crate) fn migrate(
     session: &Session<'_>,
     pagemap: &VramPagemap,
     mm: &Mm,
+    failures: &Failures,
     req: &mut uapi::Migrate,
 ) -> Result {
     (req.calls, req.collected, req.migrated) = (0, 0, 0);
 
     let range = user_range(req.addr, req.npages)?;
     let select = select(req.select)?;
+    let huge = req.select & uapi::SELECT_HUGE != 0;
     let owner = owner(req.owner, pagemap)?;
     let towards_device = match (req.direction, req.reserved) {
         (uapi::TO_DEVICE, 0) => true,
@@ -120,7 +123,7 @@ pub(crate) fn migrate(
         _ => return Err(EINVAL),
     };
     let mm = mm.mmget_not_zero().ok_or(EINVAL)?;
-    let mut room = Room::new(range.len() / PAGE_SIZE)?;
+    let mut room = Room::<PAGES>::new(range.len() / PAGE_SIZE)?;
 
     let mmap = mm.mmap_read_lock();
     let mut addr = range.start;
@@ -129,10 +132,14 @@ pub(crate) fn migrate(
             .vma_lookup(addr)
             .filter(|vma| vma.flags() & flags::READ != 0)
             .ok_or(EINVAL)?;
-        let end = cmp::min(
-            cmp::min(range.end, vma.end()),
-            addr.saturating_add(PAGES * PAGE_SIZE),
-        );
+        let piece = addr.saturating_add(PAGES * PAGE_SIZE);
+        // A piece ends where a huge page does, so that none is cut.
+        let piece = if huge {
+            piece / (PAGES * PAGE_SIZE) * (PAGES * PAGE_SIZE)
+        } else {
+            piece
+        };
+        let end = cmp::min(cmp::min(range.end, vma.end()), piece);
 
         for attempt in 0..=EVICTIONS {
             let migration =
@@ -141,17 +148,15 @@ pub(crate) fn migrate(
             req.calls += 1;
             req.collected += migration.cpages() as u64;
             let (moved, short) = if towards_device {
-                self::to_device(session, pagemap, migration, &mut room.segments)?
+                self::to_device(session, pagemap, migration, &mut room.segments, failures)?
             } else {
-                let moved = to_system(session, pagemap, migration, &mut room.segments)?;
+                let moved = to_system(session, pagemap, migration, &mut room.segments, failures)?;
                 (moved, 0)
             };
             req.migrated += moved as u64;
 
             // With no folio locked any more, what is short can be taken from others.
-            if short == 0
-                || attempt == EVICTIONS
-                || evict::make_room(session, pagemap, short, &mut room)? == 0
+            if short == 0 || attempt == EVICTIONS || evict::make_room(session, pagemap, short)? == 0
             {
                 break;
             }
@@ -167,41 +172,76 @@ pub(crate) fn migrate(
 
 /// Decodes [`uapi::Migrate::select`].
 fn select(bits: u32) -> Result<Select> {
-    const BOTH: u32 = uapi::SELECT_SYSTEM | uapi::SELECT_DEVICE_PRIVATE;
+    const KINDS: [(u32, Select); 3] = [
+        (uapi::SELECT_SYSTEM, Select::SYSTEM),
+        (uapi::SELECT_DEVICE_PRIVATE, Select::DEVICE_PRIVATE),
+        (uapi::SELECT_DEVICE_COHERENT, Select::DEVICE_COHERENT),
+    ];
+    let mut rest = bits & !uapi::SELECT_HUGE;
+    let mut select = None;
 
-    match bits {
-        uapi::SELECT_SYSTEM => Ok(Select::SYSTEM),
-        uapi::SELECT_DEVICE_PRIVATE => Ok(Select::DEVICE_PRIVATE),
-        BOTH => Ok(Select::SYSTEM | Select::DEVICE_PRIVATE),
+    for (bit, kind) in KINDS {
+        if rest & bit != 0 {
+            rest &= !bit;
+            select = Some(select.map_or(kind, |select| select | kind));
+        }
+    }
+    match (select, rest) {
+        (Some(select), 0) if bits & uapi::SELECT_HUGE != 0 => Ok(select | Select::HUGE),
+        (Some(select), 0) => Ok(select),
         _ => Err(EINVAL),
     }
 }
 
-/// Moves what is not on this GPU yet to its VRAM, as long as there is any. Returns how many pages moved, and for how
-/// many there was no room.
+/// Moves what is not on a device yet to this part of the VRAM, as long as there is room. Returns how many pages moved, and
+/// for how many there was no room.
 fn to_device(
     session: &Session<'_>,
     pagemap: &VramPagemap,
     mut migration: Migration<'_, Collected>,
     segments: &mut KVVec<Segment>,
+    failures: &Failures,
 ) -> Result<(usize, usize)> {
     let mut short = 0;
+    let mut next = 0;
 
-    for index in 0..migration.npages() {
+    while next < migration.npages() {
+        let (index, order) = (next, migration.order(next));
+
+        next += 1 << order;
         match migration.source(index) {
             Source::System(_) | Source::Hole => (),
             // It is here already, and stays.
             Source::Device(_) | Source::None => continue,
         }
-        match pagemap.alloc() {
-            Some(page) => migration.set_device(index, page)?,
-            None => short += 1,
+
+        let fails = failures.take();
+        // In coherent memory it is the huge folio that fails, as always.
+        if fails && order == 0 && pagemap.pages().kind() == Kind::Private {
+            continue;
+        }
+        if order != 0 && !fails {
+            if let Some(folio) = pagemap.alloc(order) {
+                migration.set_device(index, folio)?;
+                continue;
+            }
+        }
+        for page in index..next {
+            match pagemap.alloc(0) {
+                Some(free) => migration.set_device(page, free)?,
+                None => {
+                    // A folio moves with all of its pages or not at all.
+                    short += next - index;
+                    break;
+                }
+            }
         }
     }
 
-    let moved = run(session, pagemap.pages(), migration, segments)?;
-    session.stats.to_device.add(moved as u64);
-    Ok((moved, short))
+    let moved = moving::run(session, pagemap.pages(), Work::Migrate, migration, segments)?;
+    session.stats.to_device.add(moved.pages as u64);
+    session.stats.huge_to_device.add(moved.huge as u64);
+    Ok((moved.pages, short))
 }
 
 /// Moves what is on this GPU to system memory. Returns how many pages moved.
@@ -210,177 +250,73 @@ pub(crate) fn to_system(
     pagemap: &VramPagemap,
     mut migration: Migration<'_, Collected>,
     segments: &mut KVVec<Segment>,
+    failures: &Failures,
 ) -> Result<usize> {
-    for index in 0..migration.npages() {
-        if let Source::Device(_) = migration.source(index) {
-            let page = migration.alloc_system(index)?;
+    let mut next = 0;
 
-            migration.set_system(index, page)?;
+    while next < migration.npages() {
+        let (index, order) = (next, migration.order(next));
+
+        next += 1 << order;
+        if !matches!(migration.source(index), Source::Device(_)) {
+            continue;
         }
-    }
 
-    let moved = run(session, pagemap.pages(), migration, segments)?;
-    session.stats.to_system.add(moved as u64);
-    Ok(moved)
-}
-
-/// Copies everything that has a destination, and completes the migration. Returns how many pages moved.
-fn run(
-    session: &Session<'_>,
-    pages: &VramPages,
-    migration: Migration<'_, Collected>,
-    segments: &mut KVVec<Segment>,
-) -> Result<usize> {
-    copy(session, pages, &migration, segments)?;
-
-    let collected = migration.cpages();
-    let migration = migration.pages();
-    let moved = migration.nr_moved();
-    migration.finalize();
-
-    session
-        .stats
-        .not_migrated
-        .add(collected.saturating_sub(moved) as u64);
-    Ok(moved)
-}
-
-/// Gives every destination its contents: all copies in one submission, and one for each run of pages to clear.
-fn copy(
-    session: &Session<'_>,
-    pages: &VramPages,
-    migration: &Migration<'_, Collected>,
-    segments: &mut KVVec<Segment>,
-) -> Result {
-    let mut mappings = KVVec::with_capacity(migration.npages(), GFP_KERNEL)?;
-    let mut clear = Clear::default();
-
-    segments.clear();
-    for index in 0..migration.npages() {
-        let (src, dst) = match (migration.source(index), migration.destination(index)) {
-            (_, Destination::None) => continue,
-            (Source::Hole, Destination::Device(dst)) => {
-                clear.add(session, locate(pages, &dst)?)?;
+        let fails = failures.take();
+        if fails && order == 0 {
+            continue;
+        }
+        if order != 0 && !fails {
+            if let Ok(folio) = migration.alloc_system_huge(index) {
+                migration.set_system(index, folio)?;
                 continue;
             }
-            (Source::System(src), Destination::Device(dst)) => {
-                let mapping = PageMapping::new(session.device(), src, DataDirection::ToDevice)?;
-                let address = mapping.dma_address();
-
-                mappings.push(mapping, GFP_KERNEL)?;
-                (Location::system(address), locate(pages, &dst)?)
-            }
-            (Source::Device(src), Destination::System(dst)) => {
-                let mapping = PageMapping::new(session.device(), dst, DataDirection::FromDevice)?;
-                let address = mapping.dma_address();
-
-                mappings.push(mapping, GFP_KERNEL)?;
-                (locate(pages, &src)?, Location::system(address))
-            }
-            // Nobody asks for other combinations.
-            _ => return Err(EINVAL),
-        };
-
-        segments.push(
-            Segment {
-                src,
-                dst,
-                length: PAGE_BYTES,
-            },
-            GFP_KERNEL,
-        )?;
-    }
-    clear.flush(session)?;
-    session.copy(Work::Migrate, segments)
-}
-
-/// A run of VRAM pages to clear.
-#[derive(Default)]
-struct Clear {
-    range: Range<u64>,
-}
-
-impl Clear {
-    fn add(&mut self, session: &Session<'_>, at: Location) -> Result {
-        if self.range.end != at.address {
-            self.flush(session)?;
-            self.range = at.address..at.address;
         }
-        self.range.end += u64::from(PAGE_BYTES);
-        Ok(())
-    }
-
-    fn flush(&mut self, session: &Session<'_>) -> Result {
-        let length = self.range.end - self.range.start;
-
-        if length == 0 {
-            return Ok(());
+        if order != 0 && !migration.can_split() {
+            continue;
         }
-        session.fill(Work::Migrate, Location::vram(self.range.start), length, 0)
+        for page in index..next {
+            let free = migration.alloc_system(page)?;
+
+            migration.set_system(page, free)?;
+        }
     }
+
+    let moved = moving::run(session, pagemap.pages(), Work::Migrate, migration, segments)?;
+    session.stats.to_system.add(moved.pages as u64);
+    session.stats.huge_to_system.add(moved.huge as u64);
+    Ok(moved.pages)
 }
 
-/// Brings the page that the CPU touched back to system memory.
-///
-/// # Errors
-///
-/// [`FaultError::OutOfMemory`], and [`FaultError::Bus`] if the device is gone or cannot copy. In both cases the data
-/// stays on the device.
-pub(crate) fn to_ram(pages: &VramPages, fault: &CpuFault<'_>) -> Result<(), FaultError> {
-    let stats = &pages.data().gpu().stats;
+#[kunit_tests(hsgpu_migrate)]
+mod tests {
+    use super::*;
 
-    stats.cpu_faults.inc();
-    fault_in(pages, fault).inspect_err(|_| stats.cpu_faults_failed.inc())
-}
-
-fn fault_in(pages: &VramPages, fault: &CpuFault<'_>) -> Result<(), FaultError> {
-    let gpu = pages.data().gpu();
-    let session = gpu.enter_fault().map_err(|_| FaultError::Bus)?;
-    let mut entries = Entries::<1>::new();
-    let mut migration = Migration::collect_fault(fault, pages.owner(), &mut entries)
-        .map_err(|_| FaultError::Bus)?;
-
-    let Source::Device(_) = migration.source(0) else {
-        // Somebody else was faster, or has a reference; the CPU tries again.
-        return Ok(());
-    };
-    let page = migration
-        .alloc_system(0)
-        .map_err(|_| FaultError::OutOfMemory)?;
-    migration
-        .set_system(0, page)
-        .and_then(|()| copy_one(&session, pages, &migration))
-        .map_err(|_| FaultError::Bus)?;
-
-    let migration = migration.pages();
-    if migration.moved(0) {
-        gpu.stats.to_system.inc();
-    } else {
-        gpu.stats.not_migrated.inc();
+    #[test]
+    fn selections_are_decoded_and_others_refused() {
+        assert_eq!(select(uapi::SELECT_SYSTEM), Ok(Select::SYSTEM));
+        assert_eq!(
+            select(uapi::SELECT_SYSTEM | uapi::SELECT_DEVICE_PRIVATE),
+            Ok(Select::SYSTEM | Select::DEVICE_PRIVATE)
+        );
+        assert_eq!(
+            select(uapi::SELECT_DEVICE_COHERENT | uapi::SELECT_HUGE),
+            Ok(Select::DEVICE_COHERENT | Select::HUGE)
+        );
+        for bits in [0, uapi::SELECT_HUGE, 1 << 4, uapi::SELECT_SYSTEM | 1 << 31] {
+            assert_eq!(select(bits), Err(EINVAL));
+        }
     }
-    migration.finalize();
-    Ok(())
-}
 
-/// Copies the only page of `migration` from VRAM; needs no memory.
-fn copy_one(
-    session: &Session<'_>,
-    pages: &VramPages,
-    migration: &Migration<'_, Collected>,
-) -> Result {
-    let (Source::Device(src), Destination::System(dst)) =
-        (migration.source(0), migration.destination(0))
-    else {
-        return Err(EINVAL);
-    };
-    let mapping = PageMapping::new(session.device(), dst, DataDirection::FromDevice)?;
+    #[test]
+    fn an_allocation_fails_once() {
+        let failures = Failures::new();
 
-    session.copy(
-        Work::Fault,
-        &[Segment {
-            src: locate(pages, &src)?,
-            dst: Location::system(mapping.dma_address()),
-            length: PAGE_BYTES,
-        }],
-    )
+        assert!(!failures.take());
+        failures.set(uapi::HMM_DMIRROR_FLAG_FAIL_ALLOC);
+        assert!(failures.take());
+        assert!(!failures.take());
+        failures.set(!uapi::HMM_DMIRROR_FLAG_FAIL_ALLOC);
+        assert!(!failures.take());
+    }
 }

@@ -47,11 +47,11 @@ use crate::{
     evict,
     file::Node,
     gpu::Session,
-    migrate::{
+    mirror::user_range,
+    moving::{
         Room,
         PAGES, //
     },
-    mirror::user_range,
     pagemap::VramPagemap, //
 };
 
@@ -126,7 +126,7 @@ pub(crate) fn migrate(
     let peer_session = peer.gpu.enter_fault()?;
     let peer_pagemap = peer.pagemap(&peer_session)?;
     let mm = mm.mmget_not_zero().ok_or(EINVAL)?;
-    let mut room = Room::new(PAGES)?;
+    let mut room = Room::<PAGES>::new(PAGES)?;
 
     let mmap = mm.mmap_read_lock();
     let mut addr = range.start;
@@ -157,9 +157,7 @@ pub(crate) fn migrate(
 
             // CAST: `usize` has 64 bits.
             req.migrated += moved as u64;
-            if short == 0
-                || attempt == EVICTIONS
-                || evict::make_room(session, pagemap, short, &mut room)? == 0
+            if short == 0 || attempt == EVICTIONS || evict::make_room(session, pagemap, short)? == 0
             {
                 break;
             }
@@ -195,7 +193,7 @@ fn take_over(
             },
             _ => continue,
         };
-        let Some(page) = pagemap.alloc() else {
+        let Some(page) = pagemap.alloc(0) else {
             short += 1;
             continue;
         };

@@ -71,6 +71,19 @@ impl<'a> Regs<'a> {
         u64::from(high) << 32 | u64::from(low)
     }
 
+    /// Number of GPUs that can address each other, this one included.
+    pub(crate) fn gpu_count(self) -> u32 {
+        self.0.read32(regs::GPU_COUNT)
+    }
+
+    /// Bytes of VRAM that BAR 2 shows.
+    pub(crate) fn vram_aperture(self) -> u64 {
+        let low = self.0.read32(regs::VRAM_APERTURE_LO);
+        let high = self.0.read32(regs::VRAM_APERTURE_HI);
+
+        u64::from(high) << 32 | u64::from(low)
+    }
+
     /// Resets every channel; returns when nothing of the device touches memory any more.
     ///
     /// # Errors

@@ -29,7 +29,10 @@ use kernel::{
             Memory,
             Request, //
         },
-        pagemap::Owner,
+        pagemap::{
+            Kind,
+            Owner, //
+        },
         MmWithUser, //
     },
     prelude::*,
@@ -62,8 +65,9 @@ use crate::{
     gpu::Session,
     migrate::{
         self,
-        PAGES, //
+        Failures, //
     },
+    moving::PAGES,
     page_table::{
         Stash,
         HUGE,
@@ -313,7 +317,13 @@ impl<'a> Server<'a> {
             ..Default::default()
         };
 
-        match migrate::migrate(self.session, self.pagemap, mm, &mut request) {
+        match migrate::migrate(
+            self.session,
+            self.pagemap,
+            mm,
+            &Failures::new(),
+            &mut request,
+        ) {
             // What did not move can be accessed where it is.
             Ok(()) | Err(EINVAL | EINTR | EIO | ETIMEDOUT | ENOMEM | EBUSY) => (),
             Err(error) => return Err(error),
@@ -375,6 +385,8 @@ fn judge(pagemap: &VramPagemap, page: &HmmPage<'_>, want: Want, migrate: bool) -
                 Verdict::FaultIn
             }
         }
+        // Coherent memory of others does not migrate, and is in nobody's page tables here.
+        Memory::Device(device) if device.kind() == Kind::Coherent => Verdict::Hopeless,
         // Shared memory is made private first: it would have to come back for that.
         _ if !writable => Verdict::FaultIn,
         _ if migrate => Verdict::Migrate,

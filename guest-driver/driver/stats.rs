@@ -123,4 +123,12 @@ stats! {
     jobs_failed,
     /// Pages that came from the memory of another GPU.
     from_peer,
+    /// Folios of 2 MiB that were migrated to the device whole.
+    huge_to_device,
+    /// The same, to system memory.
+    huge_to_system,
+    /// Folios of 2 MiB on the device that the kernel split.
+    splits,
+    /// Pages that became exclusive to the device.
+    exclusive,
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Allocator of VRAM by page index (offset in VRAM divided by the page size).
+//! Allocator of a part of VRAM by page index (offset in the part divided by the page size).
 //!
 //! VRAM is cut into chunks of 512 pages, the size of a huge device folio. Each chunk has a bitmap and a count of its
 //! free pages, and stands on one of two lists: *whole* (all free) or *partial* (some free); full chunks are on none.
@@ -15,7 +15,10 @@ use kernel::{
     sync::SpinLock, //
 };
 
-use crate::lru::Lru;
+use crate::{
+    abi::uapi::PAGE_SIZE,
+    lru::Lru, //
+};
 
 /// Order of a chunk, and the only order besides 0 that can be allocated.
 pub(crate) const CHUNK_ORDER: u32 = 9;
@@ -55,22 +58,25 @@ struct Chunks {
     free_pages: usize,
 }
 
-/// The allocator of one GPU's VRAM.
+/// The allocator of a part of one GPU's VRAM.
 #[pin_data]
 pub(crate) struct Vram {
+    /// Pages of the VRAM before the part.
+    first: usize,
     nr_pages: usize,
     #[pin]
     chunks: SpinLock<Chunks>,
 }
 
 impl Vram {
-    /// All of `nr_pages` pages free; a multiple of [`CHUNK_PAGES`].
+    /// For the `nr_pages` pages of VRAM from page `first` on, both multiples of [`CHUNK_PAGES`]. All are free.
     ///
     /// # Errors
     ///
-    /// `EINVAL` for another number of pages, or none; `ENOMEM`.
-    pub(crate) fn new(nr_pages: usize) -> impl PinInit<Self, Error> {
+    /// `EINVAL` for other numbers; `ENOMEM`.
+    pub(crate) fn new(first: usize, nr_pages: usize) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
+            first,
             nr_pages,
             chunks <- new_spinlock!(Chunks::new(*nr_pages)?, "hsgpu::vram"),
         })
@@ -79,6 +85,17 @@ impl Vram {
     /// Size in pages.
     pub(crate) fn pages(&self) -> usize {
         self.nr_pages
+    }
+
+    /// Where page `index` is in the VRAM, in bytes.
+    pub(crate) fn offset(&self, index: usize) -> u64 {
+        // CAST: `usize` has 64 bits.
+        ((self.first + index) * PAGE_SIZE) as u64
+    }
+
+    /// Whether page `index` is the first one of a chunk.
+    pub(crate) fn begins_chunk(&self, index: usize) -> bool {
+        index % CHUNK_PAGES == 0
     }
 
     /// Pages that are free now.
@@ -93,7 +110,6 @@ impl Vram {
 
     /// Takes 2^`order` naturally aligned pages and returns the index of the first, or `None` if there are none (or
     /// `order` is neither 0 nor [`CHUNK_ORDER`]).
-    #[expect(dead_code, reason = "huge device folios are not made yet")]
     pub(crate) fn alloc_order(&self, order: u32) -> Option<usize> {
         match order {
             0 => self.alloc(),
@@ -135,7 +151,7 @@ impl Chunks {
     fn new(nr_pages: usize) -> Result<Self> {
         let nr_chunks = nr_pages / CHUNK_PAGES;
 
-        if nr_pages == 0 || nr_pages % CHUNK_PAGES != 0 {
+        if nr_pages % CHUNK_PAGES != 0 {
             return Err(EINVAL);
         }
 
@@ -352,7 +368,7 @@ mod tests {
         let mut chunks = Chunks::new(CHUNK_PAGES)?;
 
         assert!(Chunks::new(CHUNK_PAGES + 1).is_err());
-        assert!(Chunks::new(0).is_err());
+        assert_eq!(Chunks::new(0)?.alloc_page(), None);
         assert!(chunks.free_page(0).is_err());
         assert!(chunks.free_page(CHUNK_PAGES).is_err());
         assert!(chunks.free_chunk(0).is_err());

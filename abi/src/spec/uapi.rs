@@ -2,7 +2,9 @@
 
 //! Ioctls of `/dev/hmm_dmirror0..`: those of the kernel's `lib/test_hmm_uapi.h`, and hsgpu's own beside them.
 //!
-//! Node `n` is GPU `n` with its memory registered as `MEMORY_DEVICE_PRIVATE`. All structures are native-endian, have
+//! Node `n` is GPU `n` with its memory registered as `MEMORY_DEVICE_PRIVATE`. If a part of the memory is registered as
+//! `MEMORY_DEVICE_COHERENT` (module parameter `coherent_mib`), that of GPU `n` is node `n` plus the number of GPUs, or plus
+//! 2 if there is only one. All structures are native-endian, have
 //! no padding and consist of `u64` and `u32` only. Addresses and lengths that are not page-aligned give `EINVAL`.
 
 /// Ioctl type of all commands.
@@ -68,11 +70,24 @@ pub const HMM_DMIRROR_PROT_ZERO: u8 = 0x10;
 pub const HMM_DMIRROR_PROT_DEV_PRIVATE_LOCAL: u8 = 0x20;
 /// Snapshot bits: private memory of another device.
 pub const HMM_DMIRROR_PROT_DEV_PRIVATE_REMOTE: u8 = 0x30;
+/// Snapshot bits: coherent memory of the device asked.
+pub const HMM_DMIRROR_PROT_DEV_COHERENT_LOCAL: u8 = 0x40;
+/// Snapshot bits: coherent memory of another device.
+pub const HMM_DMIRROR_PROT_DEV_COHERENT_REMOTE: u8 = 0x50;
+
+/// Bit of [`HMM_DMIRROR_FLAGS`]: the next allocation of a destination fails, once. Of a huge folio, small pages are made
+/// then.
+pub const HMM_DMIRROR_FLAG_FAIL_ALLOC: u64 = 1 << 0;
 
 /// Bit of [`Migrate::select`]: system memory (`MIGRATE_VMA_SELECT_SYSTEM`).
 pub const SELECT_SYSTEM: u32 = 1 << 0;
 /// Bit of [`Migrate::select`]: device-private memory (`MIGRATE_VMA_SELECT_DEVICE_PRIVATE`).
 pub const SELECT_DEVICE_PRIVATE: u32 = 1 << 1;
+/// Bit of [`Migrate::select`]: device-coherent memory (`MIGRATE_VMA_SELECT_DEVICE_COHERENT`).
+pub const SELECT_DEVICE_COHERENT: u32 = 1 << 2;
+/// Bit of [`Migrate::select`]: folios of 2 MiB as what they are (`MIGRATE_VMA_SELECT_COMPOUND`); without it they are split
+/// first.
+pub const SELECT_HUGE: u32 = 1 << 3;
 
 /// [`Migrate::owner`], [`Access::owner`]: this GPU's own pagemap owner.
 pub const OWNER_OWN: u32 = 0;
@@ -96,7 +111,7 @@ pub struct Migrate {
     pub addr: u64,
     /// In: pages; any number, done in calls of at most 512 pages that do not cross a VMA.
     pub npages: u64,
-    /// In: [`SELECT_SYSTEM`], [`SELECT_DEVICE_PRIVATE`] or both.
+    /// In: [`SELECT_SYSTEM`], [`SELECT_DEVICE_PRIVATE`], [`SELECT_DEVICE_COHERENT`] or several; [`SELECT_HUGE`] with them.
     pub select: u32,
     /// In: [`OWNER_OWN`] or [`OWNER_NONE`].
     pub owner: u32,
@@ -258,7 +273,7 @@ pub struct PeerMigrate {
 /// [`PeerMigrate`].
 pub const HSGPU_PEER_MIGRATE: u32 = iowr(0x87, size_of::<PeerMigrate>());
 
-/// Counters of one GPU's driver since probe. Each only grows, but for `vram_free` and `device_pages`.
+/// Counters of one GPU's driver since probe. Each only grows, but for `vram_free` and `coherent_free`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Stats {
@@ -322,6 +337,18 @@ pub struct Stats {
     pub jobs_failed: u64,
     /// Pages that came from the memory of another GPU.
     pub from_peer: u64,
+    /// Folios of 2 MiB that were migrated to the device whole.
+    pub huge_to_device: u64,
+    /// The same, to system memory.
+    pub huge_to_system: u64,
+    /// Folios of 2 MiB on the device that the kernel split.
+    pub splits: u64,
+    /// Pages that became exclusive to the device.
+    pub exclusive: u64,
+    /// Pages of VRAM registered as device-coherent memory.
+    pub coherent_pages: u64,
+    /// Of these, free ones.
+    pub coherent_free: u64,
 }
 
 /// Reads [`Stats`].
@@ -336,7 +363,7 @@ const _: () = {
     assert!(size_of::<Policy>() == 24);
     assert!(size_of::<Evict>() == 24);
     assert!(size_of::<PeerMigrate>() == 32);
-    assert!(size_of::<Stats>() == 240);
+    assert!(size_of::<Stats>() == 288);
     // The values of lib/test_hmm_uapi.h.
     assert!(HMM_DMIRROR_READ == 0xc028_4800);
     assert!(HMM_DMIRROR_FLAGS == 0xc028_4808);
