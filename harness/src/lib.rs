@@ -11,5 +11,6 @@ pub mod commands;
 pub mod judge;
 pub mod matrix;
 pub mod records;
+pub mod report;
 pub mod statistics;
 pub mod vm;

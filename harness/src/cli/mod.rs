@@ -61,6 +61,12 @@ enum Command {
     Replay(commands::replay::Args),
     /// Make a capsule smaller while its finding stays
     Minimise(commands::minimise::Args),
+    /// Draw up a report of runs: a page, a mail, or for other tools
+    Report(commands::report::Args),
+    /// Make a timeline of a run, for ui.perfetto.dev
+    Trace(commands::trace::Args),
+    /// Watch what runs on this host: rates of device and storm
+    Top(commands::top::Args),
     /// Boot the guest under gdb, kernel and driver symbols loaded
     Gdb(commands::gdb::Args),
     /// Ask the GPUs of a machine that runs, or change their fault plan
@@ -133,6 +139,9 @@ fn dispatch(command: Command, ctx: &Context) -> Result<Outcome, Error> {
         Command::Selftest(args) => commands::selftest::run(args, ctx),
         Command::Replay(args) => commands::replay::run(args, ctx),
         Command::Minimise(args) => commands::minimise::run(args, ctx),
+        Command::Report(args) => commands::report::run(args, ctx),
+        Command::Trace(args) => commands::trace::run(args, ctx),
+        Command::Top(args) => commands::top::run(args, ctx),
         Command::Gdb(args) => commands::gdb::run(args, ctx),
         Command::Ctl(args) => commands::ctl::run(args, ctx),
         Command::List(args) => commands::list::run(args, ctx),

@@ -60,6 +60,14 @@ pub fn run(args: Args, ctx: &Context) -> Result<Outcome, Error> {
     Ok(Outcome::Pass)
 }
 
+/// The fix candidates with a line on each, in the order of their file.
+pub fn variants(repo: &Path) -> Result<Vec<(String, String)>, Error> {
+    let file: toml::Table = read(&repo.join("images/variants/variants.toml"))?;
+    let list = file.get("variant").cloned().unwrap_or(toml::Value::Array(Vec::new()));
+    let list: Vec<Summary> = list.try_into().map_err(|e| unreadable(repo, e))?;
+    Ok(list.into_iter().map(|variant| (variant.name, variant.summary)).collect())
+}
+
 fn table(entries: &[Entry]) -> String {
     let width = entries.iter().map(|e| e.name.len()).max().unwrap_or(0);
     entries.iter().map(|e| format!("{:width$}  {}\n", e.name, e.about)).collect()
