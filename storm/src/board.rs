@@ -46,6 +46,13 @@ pub(crate) enum Finding {
         /// What it holds, and where that was seen.
         found: String,
     },
+    /// What the kernel says of memory is wrong.
+    Invariant {
+        /// Which of its words.
+        name: String,
+        /// What it should be, and is.
+        detail: String,
+    },
     /// The worker cannot go on.
     Failure(String),
 }
@@ -66,6 +73,7 @@ impl Finding {
             Self::Corruption { page, expected, found } => {
                 Event::Corruption { worker: worker.to_owned(), page, expected, found }
             }
+            Self::Invariant { name, detail } => Event::Invariant { name, detail },
             Self::Failure(message) => Event::Error { message: format!("{worker}: {message}") },
         }
     }
@@ -235,6 +243,7 @@ fn to_json(finding: &Finding) -> String {
         Finding::Corruption { page, expected, found } => {
             Finding::Corruption { page: *page, expected: cut(expected), found: cut(found) }
         }
+        Finding::Invariant { name, detail } => Finding::Invariant { name: name.clone(), detail: cut(detail) },
         Finding::Failure(message) => Finding::Failure(cut(message)),
     })
 }

@@ -7,6 +7,7 @@ mod drain_livelock;
 mod evict_pressure;
 mod gate;
 mod gpu_endings;
+mod known_bugs;
 mod kunit;
 mod selftest;
 mod smoke;
@@ -82,6 +83,14 @@ pub(crate) enum WorkError {
         /// Why.
         source: std::io::Error,
     },
+    /// The kernel's word on memory is wrong.
+    #[error("{name}: {detail}")]
+    Invariant {
+        /// Which word.
+        name: &'static str,
+        /// What it should be, and is.
+        detail: String,
+    },
     /// The scenario's conditions cannot be met or did not hold.
     #[error("{0}")]
     Condition(String),
@@ -111,6 +120,9 @@ impl WorkError {
                 expected: expected.clone(),
                 found: found.clone(),
             }),
+            Self::Invariant { name, detail } => {
+                slot.post(&Finding::Invariant { name: (*name).to_owned(), detail: detail.clone() });
+            }
             other => slot.post(&Finding::Failure(other.to_string())),
         }
     }
@@ -139,7 +151,7 @@ pub(crate) enum ScenarioError {
 type Build = fn(&Parameters, Machine) -> Result<Box<dyn Workload>, ScenarioError>;
 
 /// Each scenario's definition and constructor.
-const SCENARIOS: [(&str, Build); 10] = [
+const SCENARIOS: [(&str, Build); 11] = [
     (include_str!("../../scenarios/drain-livelock.toml"), |p, m| {
         Ok(Box::new(drain_livelock::DrainLivelock::new(p, m)?))
     }),
@@ -153,6 +165,7 @@ const SCENARIOS: [(&str, Build); 10] = [
     (include_str!("../../scenarios/kunit.toml"), |p, _| Ok(Box::new(kunit::Kunit::new(p)))),
     (include_str!("../../scenarios/conformance.toml"), |p, _| Ok(Box::new(conformance::Conformance::new(p)))),
     (include_str!("../../scenarios/selftest.toml"), |p, _| Ok(Box::new(selftest::Selftest::new(p)))),
+    (include_str!("../../scenarios/known-bugs.toml"), |p, _| Ok(Box::new(known_bugs::KnownBugs::new(p)))),
     (include_str!("../../scenarios/vfio-selftest.toml"), |p, _| {
         Ok(Box::new(vfio_selftest::VfioSelftest::new(p)))
     }),
@@ -234,7 +247,7 @@ mod tests {
         let error = prepare("drain", None, [], MACHINE).expect_err("unknown").to_string();
         assert_eq!(
             error,
-            "there is no scenario `drain`; there are: drain-livelock, smoke, evict-pressure, svm, gpu-endings, boot, kunit, conformance, selftest, vfio-selftest"
+            "there is no scenario `drain`; there are: drain-livelock, smoke, evict-pressure, svm, gpu-endings, boot, kunit, conformance, selftest, known-bugs, vfio-selftest"
         );
     }
 

@@ -111,6 +111,19 @@ mod tests {
     }
 
     #[test]
+    fn every_known_bug_has_a_control_that_passes() {
+        let table = Path::new(env!("CARGO_MANIFEST_DIR")).join("../storm/known-bugs.toml");
+        let cases = load(&table).expect("the table");
+        let (controls, bugs): (Vec<_>, Vec<_>) =
+            cases.iter().partition(|case| case.run.iter().any(|argument| argument == "no-trigger"));
+        assert!(!bugs.is_empty());
+        for bug in bugs {
+            let control = controls.iter().find(|control| control.name == format!("{}-control", bug.name));
+            assert!(control.is_some_and(|control| control.expect == Verdict::Pass), "{}", bug.name);
+        }
+    }
+
+    #[test]
     fn cases_are_chosen_by_name() {
         let cases = shipped();
         let chosen = choose(&cases, &["oops".to_owned(), "healthy".to_owned()]).expect("both exist");

@@ -1,4 +1,5 @@
-//! `hmmstorm selftest`: brings guests into known states and checks that the judge calls each by its name.
+//! `hmmstorm selftest`: brings guests into known states and checks that the judge calls each by its name. With another
+//! table it is a regression test of kernels: storm/known-bugs.toml.
 //!
 //! Every case is one `hmmstorm storm`, run as a user would: so its exit code and its files are tested too.
 
@@ -29,6 +30,9 @@ const LOOK: Duration = Duration::from_millis(200);
 pub struct Args {
     /// Cases to run [default: all]
     cases: Vec<String>,
+    /// Table of cases [default: storm/selftest.toml]
+    #[arg(long, value_name = "FILE")]
+    table: Option<PathBuf>,
     /// List the cases and run none
     #[arg(long)]
     list: bool,
@@ -61,7 +65,7 @@ struct Result {
 
 /// Runs the command.
 pub fn run(args: Args, ctx: &Context) -> std::result::Result<Outcome, Error> {
-    let file = ctx.repo.join("storm/selftest.toml");
+    let file = args.table.unwrap_or_else(|| ctx.repo.join("storm/selftest.toml"));
     let all = cases::load(&file).map_err(Error::harness)?;
     let width = all.iter().map(|case| case.name.len()).max().unwrap_or(0);
     if args.list {

@@ -5,6 +5,7 @@
 
 mod bind;
 mod channel;
+mod mmu;
 mod steps;
 
 use hmmstorm_abi::pci::BAR_REGS;

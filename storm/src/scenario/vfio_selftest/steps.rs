@@ -17,8 +17,8 @@ use hmmstorm_abi::ring::{Descriptor, Location, SG_ENTRY_SIZE, SgEntry, Status};
 use hmmstorm_abi::uapi::PAGE_SIZE;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::Bar0;
 use super::channel::{self, Channel, ENTRIES};
+use super::{Bar0, mmu};
 use crate::clock::poll;
 use crate::oracle::Stamp;
 use crate::scenario::WorkError;
@@ -32,7 +32,7 @@ const NOWHERE: u64 = 0x7000_0000_0000;
 /// Pages that data is copied in.
 const DATA: usize = 32;
 /// Guest time that an interrupt may take.
-const INTERRUPT: Duration = Duration::from_secs(10);
+pub(super) const INTERRUPT: Duration = Duration::from_secs(10);
 /// Guest time in which an interrupt that should not come may come.
 const SILENCE: Duration = Duration::from_millis(50);
 
@@ -48,7 +48,7 @@ pub(super) struct Bench<'a> {
 type Step = fn(&Bench<'_>) -> Result<(), WorkError>;
 
 /// All of them.
-pub(super) const STEPS: [(&str, Step); 11] = [
+pub(super) const STEPS: [(&str, Step); 13] = [
     ("configuration space", configuration),
     ("registers", registers),
     ("read-only registers", read_only),
@@ -58,20 +58,22 @@ pub(super) const STEPS: [(&str, Step); 11] = [
     ("ring wrap-around", wrap_around),
     ("interrupts", interrupts),
     ("error fences", errors),
+    ("page tables", mmu::page_tables),
+    ("page faults", mmu::page_faults),
     ("channel reset", channel_reset),
     ("function reset", function_reset),
 ];
 
-fn check(holds: bool, what: impl FnOnce() -> String) -> Result<(), WorkError> {
+pub(super) fn check(holds: bool, what: impl FnOnce() -> String) -> Result<(), WorkError> {
     if holds { Ok(()) } else { Err(WorkError::Condition(what())) }
 }
 
 impl<'a> Bench<'a> {
-    fn bar(&self) -> Bar0<'a> {
+    pub(super) fn bar(&self) -> Bar0<'a> {
         Bar0(self.function)
     }
 
-    fn caps(&self) -> Result<Caps, WorkError> {
+    pub(super) fn caps(&self) -> Result<Caps, WorkError> {
         Ok(Caps(self.bar().read(CAPS)?))
     }
 
@@ -83,11 +85,11 @@ impl<'a> Bench<'a> {
         self.wide(VRAM_SIZE_LO, VRAM_SIZE_HI)
     }
 
-    fn memory(&self, pages: usize) -> Result<Mapping, WorkError> {
+    pub(super) fn memory(&self, pages: usize) -> Result<Mapping, WorkError> {
         Mapping::private(pages).map_err(WorkError::system("mmap of memory for the device"))
     }
 
-    fn map<'m>(&'m self, memory: &'m Mapping) -> Result<Dma<'m>, WorkError> {
+    pub(super) fn map<'m>(&'m self, memory: &'m Mapping) -> Result<Dma<'m>, WorkError> {
         self.function
             .map(DMA, memory)
             .map_err(|error| WorkError::Condition(format!("VFIO_IOMMU_MAP_DMA at {DMA:#x}: {error}")))
@@ -349,7 +351,7 @@ fn interrupts(bench: &Bench<'_>) -> Result<(), WorkError> {
 }
 
 /// Whether the eventfd was written since it was last asked.
-fn rang(event: &EventFd) -> Option<()> {
+pub(super) fn rang(event: &EventFd) -> Option<()> {
     match event.read() {
         Ok(_) => Some(()),
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
