@@ -271,7 +271,7 @@ impl<'a> Worker<'a> {
     fn job(&self, piece: usize, op: Op, pattern: Pattern, tag: u64) -> Result<Job, WorkError> {
         // A stride that shares no factor with the window visits every word, too.
         let stride = match pattern {
-            Pattern::Strided if piece % 3 == 0 => WORD * 521,
+            Pattern::Strided if piece.is_multiple_of(3) => WORD * 521,
             Pattern::Strided => WORD,
             _ => tag,
         };
