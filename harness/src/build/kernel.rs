@@ -197,9 +197,10 @@ impl<'a> LiveTree<'a> {
         key
     }
 
-    /// The source with the recipe's patches. The caller has taken the lock, and the objects are made anew if they were
-    /// those of other patches: source and objects of a live tree belong together.
+    /// The source with the recipe's patches, as it stays while this lives. The objects are made anew if they were those of
+    /// other patches: source and objects of a live tree belong together.
     pub(super) fn source(&self) -> Result<PathBuf, BuildError> {
+        self.lock()?;
         self.make_objects()?;
         Ok(self.src())
     }
@@ -211,8 +212,7 @@ impl<'a> LiveTree<'a> {
         Ok(self.out().join("usr/include"))
     }
 
-    /// Builds the modules of `source` out of tree, with all their objects in `objects` and `setting` for make. The
-    /// caller has taken the lock.
+    /// Builds the modules of `source` out of tree, with all their objects in `objects` and `setting` for make.
     pub(super) fn build_modules(
         &self,
         what: &str,
@@ -220,6 +220,7 @@ impl<'a> LiveTree<'a> {
         objects: &Path,
         setting: &str,
     ) -> Result<(), BuildError> {
+        self.lock()?;
         if self.objects()?.modules != self.modules_key().hex() {
             self.make_objects()?;
         }

@@ -29,6 +29,11 @@ pub(super) fn driver(tree: &LiveTree<'_>, repo: &Path, cache: &Cache) -> Result<
     if file.is_file() {
         return Ok(file);
     }
+    // The kernel may have been published already, so that nobody has taken the lock yet.
+    tree.lock()?;
+    if file.is_file() {
+        return Ok(file); // built by the one that we waited for
+    }
     // One folder per checkout: make compares its files' times with those of the objects.
     let checkout = Key::new("objects-1").with("path", repo.as_os_str().as_encoded_bytes()).short();
     let objects = tree.objects_dir(&format!("{DRIVER}-{checkout}"));
