@@ -3,7 +3,7 @@
 mod mailbox;
 mod reject;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 use std::process::Command;
@@ -182,21 +182,24 @@ pub(super) fn no_doubles(patches: &[Patch]) -> Result<(), BuildError> {
     Ok(())
 }
 
-/// The driver's abstractions: every `*.patch` of a folder, in the order of their names.
-pub(super) fn series(dir: &Path) -> Result<Vec<Patch>, BuildError> {
-    let mut files = Vec::new();
-    match fs::read_dir(dir) {
-        Ok(entries) => {
-            for entry in entries {
-                files.push(entry.on("list", dir)?.path());
+/// The driver's abstractions: every `*.patch` of the folders, in the order of their names, but for those of the names
+/// `without`. A file of a later folder takes the place of one with its name.
+pub(super) fn series(dirs: &[PathBuf], without: &[String]) -> Result<Vec<Patch>, BuildError> {
+    let mut files = BTreeMap::new();
+    for dir in dirs {
+        match fs::read_dir(dir) {
+            Ok(entries) => {
+                for entry in entries {
+                    let file = entry.on("list", dir)?.path();
+                    files.insert(file_name(&file), file);
+                }
             }
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+            Err(e) => return Err(e).on("list", dir),
         }
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-        Err(e) => return Err(e).on("list", dir),
     }
-    files.retain(|f| f.extension().is_some_and(|e| e == "patch"));
-    files.sort();
-    files.iter().map(|f| Patch::read(f, Origin::Abstraction)).collect()
+    files.retain(|name, _| name.ends_with(".patch") && !without.contains(name));
+    files.values().map(|f| Patch::read(f, Origin::Abstraction)).collect()
 }
 
 /// The patches of a file that the user gave: of `--patch`, a diff or a mail; of `--mbox`, a mailbox.

@@ -9,6 +9,7 @@ use serde::de::DeserializeOwned;
 
 use super::BuildError;
 use super::error::IoContext;
+use crate::cli::Preempt;
 
 /// All data files of `images/`.
 #[derive(Clone, Debug)]
@@ -50,6 +51,16 @@ impl Pins {
     /// The kernel of this name, or the default one.
     pub fn kernel(&self, name: Option<&str>) -> Result<&Kernel, BuildError> {
         find("kernel", name.unwrap_or(&self.kernels.default), &self.kernels.kernel, |k| &k.name)
+    }
+
+    /// The kernel of the list whose patches a source of this version takes: of the same series, else the newest one that
+    /// is older, else the oldest.
+    pub fn kernel_for(&self, version: &str) -> Result<&Kernel, BuildError> {
+        let wanted = series(version);
+        let mut kernels: Vec<&Kernel> = self.kernels.kernel.iter().collect();
+        kernels.sort_by_key(|kernel| kernel.series());
+        let fitting = kernels.iter().rfind(|kernel| kernel.series() <= wanted && wanted.is_some());
+        fitting.or(kernels.first()).copied().map_or_else(|| self.kernel(None), Ok)
     }
 
     /// The flavour of this name, or the default one.
@@ -107,8 +118,15 @@ pub struct Kernel {
     pub file: String,
     /// The tarball's checksum, hex.
     pub sha256: String,
-    /// Folder with the driver's abstractions for this kernel, relative to the source tree.
-    pub patches: PathBuf,
+    /// Folders with the driver's abstractions for this kernel, relative to the source tree; later ones win.
+    pub patches: Vec<PathBuf>,
+    /// Files of those folders that this kernel does not need.
+    #[serde(default)]
+    pub without: Vec<String>,
+    /// Preemption models that it can be booted with; the first one is its own default.
+    pub preempt: Vec<Preempt>,
+    /// The variant that its source is without any patch.
+    pub variant: String,
     /// Lines that a full build prints, about.
     pub steps: u64,
     /// Room that source and objects take, MiB, about.
@@ -149,7 +167,7 @@ pub struct Variants {
 
 /// A fix candidate.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Variant {
     /// What `--variant` takes.
     pub name: String,
@@ -157,6 +175,33 @@ pub struct Variant {
     pub summary: String,
     /// Patches, relative to `images/variants/`, in the order of application.
     pub patches: Vec<PathBuf>,
+    /// The same for kernels that need others, by name.
+    #[serde(default)]
+    pub patches_for: BTreeMap<String, Vec<PathBuf>>,
+    /// Kernels that it makes sense for; all of them if none is named.
+    #[serde(default)]
+    pub kernels: Vec<String>,
+}
+
+impl Variant {
+    /// Its patches for a kernel; none if it makes no sense there.
+    pub fn patches(&self, kernel: &str) -> Option<&[PathBuf]> {
+        let fits = self.kernels.is_empty() || self.kernels.iter().any(|name| name == kernel);
+        fits.then(|| self.patches_for.get(kernel).unwrap_or(&self.patches).as_slice())
+    }
+}
+
+impl Kernel {
+    /// Version of the series, as (6, 19); it is what decides whether patches apply.
+    pub fn series(&self) -> Option<(u32, u32)> {
+        series(&self.name)
+    }
+}
+
+/// The series of a kernel version: (6, 19) of `6.19.6-rc1`.
+pub fn series(version: &str) -> Option<(u32, u32)> {
+    let mut numbers = version.split(|c: char| !c.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
 /// What building and running takes beside the distribution's own packages.
@@ -375,6 +420,13 @@ mod tests {
         let pins = Pins::load(repo()).expect("data files");
         for kernel in &pins.kernels.kernel {
             assert_eq!(kernel.sha256.len(), 64, "{}", kernel.name);
+            assert!(!kernel.preempt.is_empty() && kernel.series().is_some(), "{}", kernel.name);
+            let stock = pins.variant(Some(&kernel.variant)).expect("its own variant");
+            assert_eq!(stock.patches(&kernel.name).map(<[_]>::len), Some(0), "{}", kernel.name);
+            let folders = kernel.patches.iter().map(|folder| repo().join(folder)).collect::<Vec<_>>();
+            for name in &kernel.without {
+                assert!(folders.iter().any(|folder| folder.join(name).is_file()), "{name}");
+            }
         }
         for flavour in &pins.flavours.flavour {
             for fragment in &flavour.config {
@@ -382,11 +434,27 @@ mod tests {
             }
         }
         for variant in &pins.variants.variant {
-            for patch in &variant.patches {
+            for patch in variant.patches.iter().chain(variant.patches_for.values().flatten()) {
                 assert!(repo().join("images/variants").join(patch).is_file(), "{}", patch.display());
             }
         }
         assert!(pins.kernel(None).is_ok() && pins.flavour(None).is_ok() && pins.variant(None).is_ok());
+    }
+
+    #[test]
+    fn a_tree_takes_the_patches_of_the_nearest_kernel() {
+        let pins = Pins::load(repo()).expect("data files");
+        let name = |version| pins.kernel_for(version).expect("a kernel").name.clone();
+        for (version, expected) in [
+            ("6.19.0", "6.19.6"),
+            ("6.19.14-rc1", "6.19.6"),
+            ("6.12.1", "6.19.6"),
+            ("7.0.3", "6.19.6"),
+            ("7.1.0", "7.1.13"),
+            ("7.3.4", "7.1.13"),
+        ] {
+            assert_eq!(name(version), expected, "{version}");
+        }
     }
 
     #[test]

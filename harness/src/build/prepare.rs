@@ -12,13 +12,13 @@ use super::initramfs::{self, Content};
 use super::kernel::{Built, LiveTree, Recipe, strip};
 use super::module::{self, DRIVER};
 use super::patches::{self, UserPatch};
-use super::pins::{Part, Selftest};
+use super::pins::{self, Kernel, Part, Selftest};
 use super::process::{Job, guarded};
 use super::progress::Unit;
 use super::source::{self, Source};
 use super::toolchain::{self, KernelTools, Qemu};
 use super::{BuildError, Cache, Pins, Progress, Stack, drgn, selftests};
-use crate::cli::{Context, ImageArgs};
+use crate::cli::{Context, ImageArgs, Preempt};
 use crate::judge::structures::Reader;
 
 /// What to build. The default is the reference kernel, stock.
@@ -26,7 +26,7 @@ use crate::judge::structures::Reader;
 pub struct Request {
     /// Kernel of the list.
     pub kernel: Option<String>,
-    /// Kernel source tree of the user's, instead; the abstractions are then those of `kernel`.
+    /// Kernel source tree of the user's, instead; the abstractions are then those of the kernel of the list that is nearest.
     pub tree: Option<PathBuf>,
     /// Fix candidate, or several joined by `+`.
     pub variant: Option<String>,
@@ -202,12 +202,30 @@ impl Builder {
         Ok(())
     }
 
+    /// The kernel of the list that is asked for, or whose patches a user's own tree takes.
+    pub fn kernel(&self, request: &Request) -> Result<&Kernel, BuildError> {
+        match &request.tree {
+            Some(dir) => self.pins.kernel_for(&source::version(dir)?),
+            None => self.pins.kernel(request.kernel.as_deref()),
+        }
+    }
+
+    /// What an image's kernel can be booted with as `preempt=`; `None` where nobody knows.
+    pub fn preempt_models(&self, image: &Image) -> Option<&[Preempt]> {
+        let series = pins::series(&image.provenance.kernel_version);
+        let kernel = self.pins.kernels.kernel.iter().find(|kernel| kernel.series() == series)?;
+        Some(&kernel.preempt)
+    }
+
     fn recipe(&self, request: &Request) -> Result<Recipe, BuildError> {
         let pins = &self.pins;
-        let kernel = pins.kernel(request.kernel.as_deref())?.clone();
+        let kernel = self.kernel(request)?.clone();
         let flavour = pins.flavour(request.flavour.as_deref())?.clone();
-        let stack = Stack::parse(request.variant.as_deref(), pins)?;
-        let mut patches = patches::series(&pins.repo.join(&kernel.patches))?;
+        let stack = Stack::parse(request.variant.as_deref(), &kernel, pins)?;
+        let mut patches = {
+            let folders: Vec<_> = kernel.patches.iter().map(|folder| pins.repo.join(folder)).collect();
+            patches::series(&folders, &kernel.without)?
+        };
         patches.extend(stack.patches(&pins.repo.join("images/variants"))?);
         let mut variant = stack.name();
         for given in &request.patches {

@@ -89,6 +89,19 @@ impl Source {
     }
 }
 
+/// The version that the Makefile of a source tree states, as `6.19.6`.
+pub(super) fn version(tree: &Path) -> Result<String, BuildError> {
+    let file = tree.join("Makefile");
+    let text = fs::read_to_string(&file)
+        .map_err(|e| BuildError::Usage(format!("cannot use the kernel tree {}: {e}", tree.display())))?;
+    let number = |name: &str| {
+        let value =
+            |line: &str| Some(line.strip_prefix(name)?.trim_start().strip_prefix('=')?.trim().to_owned());
+        text.lines().find_map(value).unwrap_or_default()
+    };
+    Ok([number("VERSION"), number("PATCHLEVEL"), number("SUBLEVEL")].join("."))
+}
+
 /// The verified tarball, fetched if need be.
 pub(super) fn tarball(
     kernel: &Kernel,

@@ -6,6 +6,7 @@ use std::path::Path;
 use clap::ValueEnum;
 use serde::Deserialize;
 
+use crate::build::Pins;
 use crate::cli::{Context, Error, Outcome};
 use crate::vm::profile::{self, Profile};
 
@@ -49,7 +50,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<Outcome, Error> {
         What::Profiles => profiles(&ctx.repo.join("qemu-config"))?,
         What::Scenarios => scenarios(&ctx.repo.join("storm/scenarios"))?,
         What::Kernels => choices(&ctx.repo.join("images/kernels.toml"), "kernel")?,
-        What::Variants => choices(&ctx.repo.join("images/variants/variants.toml"), "variant")?,
+        What::Variants => variants(&ctx.repo)?,
         What::Flavours => choices(&ctx.repo.join("images/flavours.toml"), "flavour")?,
     };
     if args.json {
@@ -109,6 +110,23 @@ fn choices(path: &Path, kind: &str) -> Result<Vec<Entry>, Error> {
     Ok(list.into_iter().map(Entry::from).map(mark).collect())
 }
 
+/// The fix candidates, with the kernels that each exists for.
+fn variants(repo: &Path) -> Result<Vec<Entry>, Error> {
+    let pins = Pins::load(repo)?;
+    let mut entries = choices(&repo.join("images/variants/variants.toml"), "variant")?;
+    for (entry, variant) in entries.iter_mut().zip(&pins.variants.variant) {
+        let kernels = pins.kernels.kernel.iter().filter(|kernel| variant.patches(&kernel.name).is_some());
+        let kernels: Vec<String> = kernels
+            .map(|kernel| match kernel.variant == variant.name {
+                true => format!("{}: as it is", kernel.name),
+                false => kernel.name.clone(),
+            })
+            .collect();
+        entry.about.push_str(&format!(" [{}]", kernels.join(", ")));
+    }
+    Ok(entries)
+}
+
 /// One scenario a file.
 fn scenarios(dir: &Path) -> Result<Vec<Entry>, Error> {
     let mut entries: Vec<Entry> = Vec::new();
@@ -149,6 +167,10 @@ mod tests {
             assert!(entries.iter().any(|e| e.name == name), "{entries:?}");
             assert_eq!(entries.iter().filter(|e| e.about.ends_with(" (default)")).count(), 1, "{entries:?}");
         }
+        let variants = variants(&root).expect("variants");
+        let about = |name| &variants.iter().find(|e| e.name == name).expect("a variant").about;
+        assert!(about("wait-on-locked").ends_with(" [6.19.6, 7.1.13: as it is]"), "{variants:?}");
+        assert!(about("sleeping-lock").ends_with(" [6.19.6]"), "{variants:?}");
         let profiles = profiles(&root.join("qemu-config")).expect("profiles");
         assert!(profiles.iter().any(|e| e.name == "smoke"));
     }

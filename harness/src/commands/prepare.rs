@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use hmmstorm_abi::wire::event::Event;
 
 use crate::build::{BuildError, Builder, Image};
-use crate::cli::{Accel, Context, Error, ImageArgs, MachineArgs};
+use crate::cli::{Accel, Context, Error, ImageArgs, MachineArgs, Preempt};
 use crate::vm::command::{BootFiles, QemuProgram, Sockets};
 use crate::vm::{self, Boot, Engine, Guest, Machine, Occurrence, RunFolder, Spec, accel};
 
@@ -58,6 +58,7 @@ pub fn prepare_with_selftests(
     guest: Guest,
     ctx: &Context,
 ) -> Result<Prepared, Error> {
+    check_preempt(image, machine, ctx)?;
     prepare_with(machine, guest, ctx, || {
         find_programs(machine, ctx, |builder| builder.image_with_selftests(image))
             .map_err(BuildError::into_cli)
@@ -74,8 +75,11 @@ pub fn prepare_with(
     let memory = accel::Memory::new(&ctx.cache);
     let (engine, engine_reason) = accel::choose(machine.accel, machine.deterministic, &memory)?;
     // Before anything is built: a wrong option should not cost a kernel build first.
-    let spec = Spec::new(&ctx.repo.join("qemu-config"), machine, engine, guest).map_err(usage)?;
+    let mut spec = Spec::new(&ctx.repo.join("qemu-config"), machine, engine, guest).map_err(usage)?;
     let Programs { image, qemu, device } = programs()?;
+    if let Some(known) = Builder::new(ctx).map_err(BuildError::into_cli)?.preempt_models(&image) {
+        spec.profile.preempt = choose_preempt(machine.preempt, spec.profile.preempt, known)?;
+    }
     let files = BootFiles { kernel: image.boot_kernel.clone(), initramfs: image.initramfs.clone() };
     Ok(Prepared {
         boot: Boot { spec, qemu, device, files },
@@ -88,6 +92,7 @@ pub fn prepare_with(
 
 /// What the options name, or else what this tree builds and fetches.
 pub fn programs(image: &ImageArgs, machine: &MachineArgs, ctx: &Context) -> Result<Programs, Error> {
+    check_preempt(image, machine, ctx)?;
     find_programs(machine, ctx, |builder| builder.image(image)).map_err(BuildError::into_cli)
 }
 
@@ -106,6 +111,27 @@ fn find_programs(
     };
     let device = machine.device.clone().map_or_else(|| builder.device(), Ok)?;
     Ok(Programs { image: image(&builder)?, qemu, device })
+}
+
+/// Refuses a preemption model that the kernel does not have, before that kernel is built.
+fn check_preempt(image: &ImageArgs, machine: &MachineArgs, ctx: &Context) -> Result<(), Error> {
+    let (Some(asked), None) = (machine.preempt, &image.image) else { return Ok(()) };
+    let builder = Builder::new(ctx).map_err(BuildError::into_cli)?;
+    let kernel = builder.kernel(&image.into()).map_err(BuildError::into_cli)?;
+    choose_preempt(Some(asked), asked, &kernel.preempt).map(|_| ())
+}
+
+/// The preemption model: what was asked for, if the kernel has it; else the profile's, if the kernel has that; else the
+/// kernel's own.
+fn choose_preempt(asked: Option<Preempt>, profile: Preempt, known: &[Preempt]) -> Result<Preempt, Error> {
+    match (asked, known.first()) {
+        (Some(asked), _) if !known.contains(&asked) => {
+            let known = known.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+            Err(Error::usage(format!("this kernel has no preempt={asked}; it has: {known}")))
+        }
+        (None, Some(&own)) if !known.contains(&profile) => Ok(own),
+        _ => Ok(asked.unwrap_or(profile)),
+    }
 }
 
 impl Prepared {
@@ -187,5 +213,23 @@ fn usage(error: vm::spec::Error) -> Error {
             Error::usage(error.to_string())
         }
         vm::spec::Error::Profile(_) => error.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn preemption_models_are_those_of_the_kernel() {
+        let all = [Preempt::None, Preempt::Voluntary, Preempt::Lazy, Preempt::Full];
+        let since_7_0 = [Preempt::Lazy, Preempt::Full];
+        let choose = |asked, known: &[Preempt]| choose_preempt(asked, Preempt::None, known);
+        assert_eq!(choose(None, &all).expect("the profile's"), Preempt::None);
+        assert_eq!(choose(Some(Preempt::Full), &all).expect("as asked"), Preempt::Full);
+        assert_eq!(choose(None, &since_7_0).expect("the kernel's"), Preempt::Lazy);
+        let error = choose(Some(Preempt::Voluntary), &since_7_0).expect_err("it has none");
+        assert_eq!(error.exit_code(), 2);
+        assert!(error.report().contains("preempt=voluntary; it has: lazy, full"), "{}", error.report());
     }
 }
