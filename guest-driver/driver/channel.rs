@@ -24,9 +24,6 @@ use kernel::{
         Bound,
         Device, //
     },
-    dma::CoherentAllocation,
-    dma_read,
-    dma_write,
     new_condvar,
     new_mutex,
     new_spinlock,
@@ -81,6 +78,7 @@ use crate::{
         SHADOW_EVENT,
         SHADOW_TAIL, //
     },
+    compat::CoherentArray,
     fence::Fences,
     regs::ChannelRegs,
     stats::{
@@ -164,8 +162,8 @@ struct Slot {
 
 /// The ring and its shadow page. Written only by who holds the lock of the [`Ring`].
 struct RingMemory {
-    entries: CoherentAllocation<[u64; 8]>,
-    shadow: CoherentAllocation<u32>,
+    entries: CoherentArray<[u64; 8]>,
+    shadow: CoherentArray<u32>,
 }
 
 /// The producer's side of the ring.
@@ -188,7 +186,7 @@ pub(crate) struct Channel {
     /// Interrupts of this channel.
     interrupts: Counter,
     fences: Fences,
-    lists: KVec<CoherentAllocation<[u64; 4]>>,
+    lists: KVec<CoherentArray<[u64; 4]>>,
     slots: KVec<Pin<KBox<Slot>>>,
     memory: RingMemory,
     #[pin]
@@ -212,10 +210,7 @@ impl Channel {
         let mut slots = KVec::with_capacity(SLOTS, GFP_KERNEL)?;
 
         for _ in 0..SLOTS {
-            lists.push(
-                CoherentAllocation::alloc_coherent(dev, LIST_ENTRIES, GFP_KERNEL)?,
-                GFP_KERNEL,
-            )?;
+            lists.push(CoherentArray::new(dev, LIST_ENTRIES)?, GFP_KERNEL)?;
             slots.push(
                 KBox::pin_init(
                     pin_init!(Slot {
@@ -230,12 +225,8 @@ impl Channel {
         }
 
         let memory = RingMemory {
-            entries: CoherentAllocation::alloc_coherent(
-                dev,
-                usize::try_from(RING_ENTRIES)?,
-                GFP_KERNEL,
-            )?,
-            shadow: CoherentAllocation::alloc_coherent(dev, SHADOW_WORDS, GFP_KERNEL)?,
+            entries: CoherentArray::new(dev, usize::try_from(RING_ENTRIES)?)?,
+            shadow: CoherentArray::new(dev, SHADOW_WORDS)?,
         };
         let ring = Ring {
             tail: 0,
@@ -489,7 +480,7 @@ impl Ring {
         self.dead = true;
         regs.reset()?;
         for word in 0..SHADOW_WORDS {
-            dma_write!(memory.shadow[word] = 0)?;
+            memory.shadow.set(word, 0)?;
         }
         self.tail = 0;
         regs.enable(
@@ -509,14 +500,18 @@ impl Ring {
         let entry = entry_of(old);
 
         // The entry is in the ring, and the two words in the shadow page: none of the accesses can fail.
-        let _ = dma_write!(memory.entries[entry] = words);
+        let _ = memory.entries.set(entry, words);
         dma_wmb();
-        let _ = dma_write!(memory.shadow[SHADOW_TAIL / size_of::<u32>()] = new.to_le());
+        let _ = memory
+            .shadow
+            .set(SHADOW_TAIL / size_of::<u32>(), new.to_le());
         self.tail = new;
         // The tail must be visible before the event index is read: the device does the same the other way round.
         mb();
-        let event =
-            dma_read!(memory.shadow[SHADOW_EVENT / size_of::<u32>()]).unwrap_or(old.to_le());
+        let event = memory
+            .shadow
+            .get(SHADOW_EVENT / size_of::<u32>())
+            .unwrap_or(old.to_le());
 
         needs_doorbell(u32::from_le(event), new, old).then_some(new)
     }
@@ -556,7 +551,7 @@ impl Job<'_> {
         let list = self.channel.lists.get(self.slot).ok_or(EINVAL)?;
         let at = usize::try_from(self.entries)?;
 
-        dma_write!(list[at] = entry.to_words().map(u64::to_le))?;
+        list.set(at, entry.to_words().map(u64::to_le))?;
         self.entries += 1;
         Ok(())
     }
@@ -611,7 +606,7 @@ impl Job<'_> {
             .into_iter()
             .enumerate()
         {
-            let _ = dma_write!(list[index] = words);
+            let _ = list.set(index, words);
         }
 
         let descriptor = Descriptor {
@@ -624,7 +619,7 @@ impl Job<'_> {
 
         let mut words = [0; 8];
         for (index, half) in words.chunks_mut(4).enumerate() {
-            let found = dma_read!(list[OUTCOME_ENTRY + index]).unwrap_or_default();
+            let found = list.get(OUTCOME_ENTRY + index).unwrap_or_default();
 
             half.copy_from_slice(&found.map(u64::from_le));
         }

@@ -21,9 +21,6 @@ use kernel::{
         Bound,
         Device, //
     },
-    dma::CoherentAllocation,
-    dma_read,
-    dma_write,
     impl_has_work,
     new_mutex,
     new_work,
@@ -53,6 +50,7 @@ use crate::{
         FAULT_SHADOW_OVERFLOW,
         FAULT_SHADOW_PUT, //
     },
+    compat::CoherentArray,
     gpu::{
         Gpu,
         Session, //
@@ -83,8 +81,8 @@ struct Reader {
 /// The fault buffer of one GPU.
 #[pin_data]
 pub(crate) struct FaultBuffer {
-    entries: CoherentAllocation<[u64; 4]>,
-    shadow: CoherentAllocation<u32>,
+    entries: CoherentArray<[u64; 4]>,
+    shadow: CoherentArray<u32>,
     stats: Arc<Stats>,
     #[pin]
     reader: Mutex<Reader>,
@@ -122,8 +120,8 @@ impl FaultBuffer {
     ///
     /// `ENOMEM`.
     pub(crate) fn new(dev: &Device<Bound>, stats: Arc<Stats>) -> Result<Arc<Self>> {
-        let entries = CoherentAllocation::alloc_coherent(dev, ENTRIES, GFP_KERNEL)?;
-        let shadow = CoherentAllocation::alloc_coherent(dev, SHADOW_WORDS, GFP_KERNEL)?;
+        let entries = CoherentArray::new(dev, ENTRIES)?;
+        let shadow = CoherentArray::new(dev, SHADOW_WORDS)?;
 
         Arc::pin_init(
             pin_init!(Self {
@@ -174,11 +172,11 @@ impl FaultBuffer {
 
     fn shadow(&self, offset: usize) -> u32 {
         // The offsets are in the page.
-        u32::from_le(dma_read!(self.shadow[offset / size_of::<u32>()]).unwrap_or(0))
+        u32::from_le(self.shadow.get(offset / size_of::<u32>()).unwrap_or(0))
     }
 
     fn set_shadow(&self, offset: usize, value: u32) {
-        let _ = dma_write!(self.shadow[offset / size_of::<u32>()] = value.to_le());
+        let _ = self.shadow.set(offset / size_of::<u32>(), value.to_le());
     }
 
     /// Takes up to `room.capacity()` entries that are there, and gives their places back to the device.
@@ -199,7 +197,7 @@ impl FaultBuffer {
         while reader.get != put && batch.len() < batch.capacity() {
             // CAST: less than the number of entries.
             let index = reader.get as usize % ENTRIES;
-            let words = dma_read!(self.entries[index]).unwrap_or([0; 4]);
+            let words = self.entries.get(index).unwrap_or([0; 4]);
 
             reader.get = reader.get.wrapping_add(1);
             match Fault::from_words(words.map(u64::from_le)) {

@@ -11,17 +11,18 @@ use kernel::{
         Bound,
         Device, //
     },
-    dma::CoherentAllocation,
-    dma_read,
     prelude::*,
     sync::barrier::dma_rmb, //
 };
 
-use crate::abi::ring::{
-    Status,
-    FENCE_SIZE,
-    FENCE_STATUS,
-    FENCE_VALUE, //
+use crate::{
+    abi::ring::{
+        Status,
+        FENCE_SIZE,
+        FENCE_STATUS,
+        FENCE_VALUE, //
+    },
+    compat::CoherentArray, //
 };
 
 const WORD: usize = size_of::<u64>();
@@ -29,7 +30,7 @@ const SLOT_WORDS: usize = FENCE_SIZE / WORD;
 
 /// The fence slots of a channel, in coherent memory.
 pub(crate) struct Fences {
-    words: CoherentAllocation<u64>,
+    words: CoherentArray<u64>,
 }
 
 impl Fences {
@@ -37,13 +38,13 @@ impl Fences {
     pub(crate) fn new(dev: &Device<Bound>, count: usize) -> Result<Self> {
         Ok(Self {
             // Zeroed memory; fence values start at 1.
-            words: CoherentAllocation::alloc_coherent(dev, count * SLOT_WORDS, GFP_KERNEL)?,
+            words: CoherentArray::new(dev, count * SLOT_WORDS)?,
         })
     }
 
     /// The DMA address of a slot.
     pub(crate) fn dma_address(&self, slot: usize) -> Result<u64> {
-        self.words.dma_handle_with_offset(slot * SLOT_WORDS)
+        self.words.dma_handle_at(slot * SLOT_WORDS)
     }
 
     /// How the job that asked for `value` in `slot` ended, or `None` if it has not yet. The inner error is a status
@@ -53,12 +54,12 @@ impl Fences {
     pub(crate) fn poll(&self, slot: usize, value: u64) -> Option<Result<Status, u32>> {
         let base = slot * SLOT_WORDS;
 
-        if u64::from_le(dma_read!(self.words[base + FENCE_VALUE / WORD]).ok()?) != value {
+        if u64::from_le(self.words.get(base + FENCE_VALUE / WORD).ok()?) != value {
             return None;
         }
         dma_rmb();
         // CAST: the status is the low half of its word.
-        let code = u64::from_le(dma_read!(self.words[base + FENCE_STATUS / WORD]).ok()?) as u32;
+        let code = u64::from_le(self.words.get(base + FENCE_STATUS / WORD).ok()?) as u32;
 
         Some(Status::from_u32(code).ok_or(code))
     }

@@ -24,6 +24,7 @@ mod abi;
 
 mod access;
 mod channel;
+mod compat;
 mod driver;
 mod engine;
 mod evict;

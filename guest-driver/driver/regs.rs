@@ -11,13 +11,16 @@ use kernel::{
     prelude::*, //
 };
 
-use crate::abi::{
-    pci::BAR_REGS_SIZE,
-    regs::{
-        self,
-        Caps, //
+use crate::{
+    abi::{
+        pci::BAR_REGS_SIZE,
+        regs::{
+            self,
+            Caps, //
+        },
+        ring::Status, //
     },
-    ring::Status, //
+    compat::bar, //
 };
 
 /// The mapped register BAR.
@@ -38,48 +41,48 @@ impl<'a> Regs<'a> {
 
     /// The identification register; [`regs::ID_MAGIC`] for a live hsgpu.
     pub(crate) fn id(self) -> u32 {
-        self.0.read32(regs::ID)
+        bar::read32(self.0, regs::ID)
     }
 
     /// Interface version: major in bits 31:16, minor in bits 15:0.
     pub(crate) fn version(self) -> u32 {
-        self.0.read32(regs::VERSION)
+        bar::read32(self.0, regs::VERSION)
     }
 
     /// Capabilities.
     pub(crate) fn caps(self) -> Caps {
-        Caps(self.0.read32(regs::CAPS))
+        Caps(bar::read32(self.0, regs::CAPS))
     }
 
     /// Whether the device says that it is up.
     pub(crate) fn is_ready(self) -> bool {
-        let status = self.0.read32(regs::STATUS);
+        let status = bar::read32(self.0, regs::STATUS);
 
         status != DEAD && status & regs::STATUS_READY != 0
     }
 
     /// Position of this GPU among those of its process; also its address as a peer.
     pub(crate) fn gpu_index(self) -> u32 {
-        self.0.read32(regs::GPU_INDEX)
+        bar::read32(self.0, regs::GPU_INDEX)
     }
 
     /// Size of VRAM in bytes.
     pub(crate) fn vram_size(self) -> u64 {
-        let low = self.0.read32(regs::VRAM_SIZE_LO);
-        let high = self.0.read32(regs::VRAM_SIZE_HI);
+        let low = bar::read32(self.0, regs::VRAM_SIZE_LO);
+        let high = bar::read32(self.0, regs::VRAM_SIZE_HI);
 
         u64::from(high) << 32 | u64::from(low)
     }
 
     /// Number of GPUs that can address each other, this one included.
     pub(crate) fn gpu_count(self) -> u32 {
-        self.0.read32(regs::GPU_COUNT)
+        bar::read32(self.0, regs::GPU_COUNT)
     }
 
     /// Bytes of VRAM that BAR 2 shows.
     pub(crate) fn vram_aperture(self) -> u64 {
-        let low = self.0.read32(regs::VRAM_APERTURE_LO);
-        let high = self.0.read32(regs::VRAM_APERTURE_HI);
+        let low = bar::read32(self.0, regs::VRAM_APERTURE_LO);
+        let high = bar::read32(self.0, regs::VRAM_APERTURE_HI);
 
         u64::from(high) << 32 | u64::from(low)
     }
@@ -90,7 +93,7 @@ impl<'a> Regs<'a> {
     ///
     /// `EIO` if the device does not come back ready.
     pub(crate) fn reset(self) -> Result {
-        self.0.write32(regs::CONTROL_RESET, regs::CONTROL);
+        bar::write32(self.0, regs::CONTROL_RESET, regs::CONTROL);
         // The read also flushes the posted write.
         if self.is_ready() {
             Ok(())
@@ -107,12 +110,11 @@ impl<'a> Regs<'a> {
     /// `EIO` if it does not run afterwards.
     pub(crate) fn enable_faults(self, ring: u64, order: u32, shadow: u64) -> Result {
         self.write_pair(regs::FAULT_RING_LO, ring);
-        self.0.write32(order, regs::FAULT_ORDER);
+        bar::write32(self.0, order, regs::FAULT_ORDER);
         self.write_pair(regs::FAULT_SHADOW_LO, shadow);
-        self.0
-            .write32(regs::FAULT_CONTROL_ENABLE, regs::FAULT_CONTROL);
+        bar::write32(self.0, regs::FAULT_CONTROL_ENABLE, regs::FAULT_CONTROL);
 
-        match self.0.read32(regs::FAULT_CONTROL) {
+        match bar::read32(self.0, regs::FAULT_CONTROL) {
             DEAD => Err(EIO),
             control if control & regs::FAULT_CONTROL_ENABLE != 0 => Ok(()),
             _ => Err(EIO),
@@ -122,22 +124,20 @@ impl<'a> Regs<'a> {
     /// Lets every job that stalled on a fault look again. Of a synchronous device, this returns when they are done or
     /// have stalled again.
     pub(crate) fn replay_faults(self) {
-        self.0.write32(1, regs::FAULT_REPLAY);
+        bar::write32(self.0, 1, regs::FAULT_REPLAY);
     }
 
     /// Ends the jobs that stalled on the fault with this sequence number.
     pub(crate) fn cancel_fault(self, sequence: u32) {
-        self.0.write32(sequence, regs::FAULT_CANCEL);
+        bar::write32(self.0, sequence, regs::FAULT_CANCEL);
     }
 
     /// Writes the two halves of a register pair, of which the low one is at `low`.
     fn write_pair(self, low: usize, value: u64) {
         // The pairs of this register file are inside the BAR, so that neither can fail.
         // CAST: the two halves of the value.
-        let _ = self.0.try_write32(value as u32, low);
-        let _ = self
-            .0
-            .try_write32((value >> 32) as u32, low + size_of::<u32>());
+        let _ = bar::try_write32(self.0, value as u32, low);
+        let _ = bar::try_write32(self.0, (value >> 32) as u32, low + size_of::<u32>());
     }
 
     /// The registers of channel `index`.
@@ -169,16 +169,12 @@ pub(crate) struct ChannelRegs<'a> {
 impl ChannelRegs<'_> {
     fn read(self, reg: usize) -> u32 {
         // The invariant makes the error impossible; a dead device is the answer that callers handle anyway.
-        self.bar
-            .try_read32(regs::channel_reg(self.index, reg))
-            .unwrap_or(DEAD)
+        bar::try_read32(self.bar, regs::channel_reg(self.index, reg)).unwrap_or(DEAD)
     }
 
     fn write(self, reg: usize, value: u32) {
         // By the invariant, the offset is inside the BAR, so that this cannot fail.
-        let _ = self
-            .bar
-            .try_write32(value, regs::channel_reg(self.index, reg));
+        let _ = bar::try_write32(self.bar, value, regs::channel_reg(self.index, reg));
     }
 
     fn write_pair(self, low: usize, high: usize, value: u64) {

@@ -7,9 +7,6 @@ use kernel::{
         Bound,
         Device, //
     },
-    dma::CoherentAllocation,
-    dma_read,
-    dma_write,
     io::poll::read_poll_timeout,
     prelude::*,
     time::Delta, //
@@ -24,6 +21,7 @@ use crate::{
         uapi::PAGE_SIZE, //
     },
     channel::Channel,
+    compat::CoherentArray,
     engine::{
         Segment,
         Work, //
@@ -90,13 +88,8 @@ fn data(session: &Session<'_>) -> Result {
     const PAGES: usize = 3;
 
     let dev = session.device();
-    let memory: CoherentAllocation<u64> =
-        CoherentAllocation::alloc_coherent(dev, PAGES * WORDS, GFP_KERNEL)?;
-    let system = |page: usize| {
-        memory
-            .dma_handle_with_offset(page * WORDS)
-            .map(Location::system)
-    };
+    let memory = CoherentArray::<u64>::new(dev, PAGES * WORDS)?;
+    let system = |page: usize| memory.dma_handle_at(page * WORDS).map(Location::system);
     // CAST: a small multiple of the page size.
     let vram = |page: usize| Location::vram((page * PAGE_SIZE) as u64);
     let copy = |src, dst| Segment {
@@ -107,7 +100,7 @@ fn data(session: &Session<'_>) -> Result {
 
     for page in 0..PAGES {
         for word in 0..WORDS {
-            dma_write!(memory[page * WORDS + word] = cookie(page, word))?;
+            memory.set(page * WORDS + word, cookie(page, word))?;
         }
     }
     session
@@ -133,7 +126,7 @@ fn data(session: &Session<'_>) -> Result {
                 0 | 1 => cookie(1 - page, word),
                 _ => PATTERN,
             };
-            let found = dma_read!(memory[page * WORDS + word])?;
+            let found = memory.get(page * WORDS + word)?;
 
             if found != wanted {
                 dev_err!(

@@ -18,12 +18,7 @@ use kernel::{
         Bound,
         Device, //
     },
-    dma::{
-        CoherentAllocation,
-        DataDirection, //
-    },
-    dma_read,
-    dma_write,
+    dma::DataDirection,
     mm::{
         hmm,
         interval_notifier::{
@@ -49,6 +44,7 @@ use crate::{
             Location, //
         }, //
     },
+    compat::CoherentArray,
     gpu::{
         Gpu,
         Session, //
@@ -63,7 +59,7 @@ use crate::{
 
 /// Memory of a table that the device reads by DMA.
 pub(crate) struct Dma {
-    entries: CoherentAllocation<u64>,
+    entries: CoherentArray<u64>,
 }
 
 impl Dma {
@@ -74,7 +70,7 @@ impl Dma {
     /// `ENOMEM`.
     pub(crate) fn new(dev: &Device<Bound>) -> Result<Self> {
         Ok(Self {
-            entries: CoherentAllocation::alloc_coherent(dev, TABLE_ENTRIES, GFP_KERNEL)?,
+            entries: CoherentArray::new(dev, TABLE_ENTRIES)?,
         })
     }
 }
@@ -82,11 +78,11 @@ impl Dma {
 impl Memory for Dma {
     fn read(&self, index: usize) -> Pte {
         // Nobody asks for an entry outside of the table.
-        Pte(u64::from_le(dma_read!(self.entries[index]).unwrap_or(0)))
+        Pte(u64::from_le(self.entries.get(index).unwrap_or(0)))
     }
 
     fn write(&self, index: usize, pte: Pte) {
-        let _ = dma_write!(self.entries[index] = pte.0.to_le());
+        let _ = self.entries.set(index, pte.0.to_le());
     }
 
     fn location(&self) -> Location {
