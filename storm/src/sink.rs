@@ -71,6 +71,9 @@ fn render(event: &Event, terminal: bool) -> String {
             )
         }
         Event::Tests { names } => format!("{clear}{} tests\n", names.len()),
+        Event::Sample { series, round, name, value } => {
+            format!("{clear}{series}, round {round}: {name} {value:.3}\n")
+        }
         Event::Output { line } => format!("{clear}{line}\n"),
         Event::Invariant { name, detail } => format!("{clear}ACCOUNTING: {name}: {detail}\n"),
         Event::Done { progress, elapsed_ns, stats } => {

@@ -83,6 +83,17 @@ pub enum Event {
         /// Without its end.
         line: String,
     },
+    /// One value of a benchmark.
+    Sample {
+        /// What was measured: a driver.
+        series: String,
+        /// Round, from 0.
+        round: u64,
+        /// Name of the figure.
+        name: String,
+        /// Its value, in the unit that the name implies.
+        value: f64,
+    },
     /// Heartbeat while a scenario runs; sent by a thread that does no other work.
     Progress(Progress),
     /// A data oracle failed. The run goes on or ends as the scenario decides; the verdict is `corruption`.

@@ -67,6 +67,8 @@ enum Command {
     Trace(commands::trace::Args),
     /// Watch what runs on this host: rates of device and storm
     Top(commands::top::Args),
+    /// Measure hsgpu against the kernel's own test_hmm, in the same boot, in turn
+    Bench(commands::bench::Args),
     /// Boot the guest under gdb, kernel and driver symbols loaded
     Gdb(commands::gdb::Args),
     /// Ask the GPUs of a machine that runs, or change their fault plan
@@ -142,6 +144,7 @@ fn dispatch(command: Command, ctx: &Context) -> Result<Outcome, Error> {
         Command::Report(args) => commands::report::run(args, ctx),
         Command::Trace(args) => commands::trace::run(args, ctx),
         Command::Top(args) => commands::top::run(args, ctx),
+        Command::Bench(args) => commands::bench::run(args, ctx),
         Command::Gdb(args) => commands::gdb::run(args, ctx),
         Command::Ctl(args) => commands::ctl::run(args, ctx),
         Command::List(args) => commands::list::run(args, ctx),

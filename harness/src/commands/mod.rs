@@ -1,5 +1,6 @@
 //! One module a command: `Args` is its part of the command line, `run` does it.
 
+pub mod bench;
 pub mod build;
 pub mod conformance;
 pub mod ctl;

@@ -55,7 +55,7 @@ pub struct Args {
     machine: MachineArgs,
 }
 
-fn pair(text: &str) -> Result<(String, String), String> {
+pub(super) fn pair(text: &str) -> Result<(String, String), String> {
     let (name, value) = text.split_once('=').ok_or("it has the form NAME=VALUE")?;
     Ok((name.to_owned(), value.to_owned()))
 }

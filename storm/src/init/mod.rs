@@ -3,7 +3,7 @@
 //! Whatever goes wrong is told to the host (and to the kernel's log) and ends in power-off: a guest that cannot work must
 //! not look like one that hangs.
 
-mod modules;
+pub(crate) mod modules;
 mod mounts;
 mod port;
 mod shell;

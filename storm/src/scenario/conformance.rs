@@ -1,8 +1,8 @@
 //! `conformance`: the kernel's own `hmm-tests`, unmodified; its output goes to the host line by line.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
-use std::process::{Command, Stdio};
+use std::io::{BufRead, BufReader, PipeReader};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use hmmstorm_abi::wire::event::Event;
@@ -64,21 +64,8 @@ fn run(filter: &str, slot: Slot<'_>, context: &Context<'_>) -> Result<(), WorkEr
     if chosen.is_empty() {
         return Err(WorkError::Condition(format!("no test's name matches `{filter}`")));
     }
-    let mut command = Command::new(PROGRAM);
-    if chosen.len() < all.len() {
-        command.args(chosen.iter().flat_map(|name| ["-r", name]));
-    }
-    let (output, pipe) = std::io::pipe().map_err(WorkError::system("pipe"))?;
-    let stderr = pipe.try_clone().map_err(WorkError::system("dup"))?;
-    let mut program = command
-        .current_dir("/tmp")
-        .stdin(Stdio::null())
-        .stdout(pipe)
-        .stderr(stderr)
-        .spawn()
-        .map_err(WorkError::system("exec(/bin/hmm-tests)"))?;
-    drop(command); // and with it the pipe's write ends
-    let mut output = BufReader::new(output);
+    let part = chosen.iter().filter(|_| chosen.len() < all.len());
+    let (mut program, mut output) = spawn(part.flat_map(|name| ["-r", name]))?;
     let mut line = Vec::new();
     // A process that outlives the program holds the pipe too, so its end is not waited for, but the plan's is.
     let mut left = chosen.len();
@@ -106,6 +93,24 @@ fn run(filter: &str, slot: Slot<'_>, context: &Context<'_>) -> Result<(), WorkEr
         return Err(WorkError::Condition(format!("hmm-tests ended with {status} and {left} tests to go")));
     }
     reap()
+}
+
+/// Starts hmm-tests; gives all that it prints.
+pub(super) fn spawn<'a>(
+    arguments: impl IntoIterator<Item = &'a str>,
+) -> Result<(Child, BufReader<PipeReader>), WorkError> {
+    let (output, pipe) = std::io::pipe().map_err(WorkError::system("pipe"))?;
+    let stderr = pipe.try_clone().map_err(WorkError::system("dup"))?;
+    // The command holds the pipe's write ends, and is gone when this returns.
+    let program = Command::new(PROGRAM)
+        .args(arguments)
+        .current_dir("/tmp")
+        .stdin(Stdio::null())
+        .stdout(pipe)
+        .stderr(stderr)
+        .spawn()
+        .map_err(WorkError::system("exec(/bin/hmm-tests)"))?;
+    Ok((program, BufReader::new(output)))
 }
 
 /// Sees that no process of a test is left: one that a time limit killed may hang in the kernel.
@@ -208,15 +213,17 @@ fn matches(filter: &str, name: &str) -> bool {
 mod tests {
     use super::*;
 
-    const LIST: &str = "# FIXTURE            VARIANT                   TEST\n\
-hmm                  hmm_device_private        open_close\n\
-                     hmm_device_coherent       anon_read\n\
-                                               a_test_with_a_very_long_name_indeed\n\
---------------------------------------------------------------------------------\n\
-hmm2                 hmm2_device_private_with_a_long_name migrate_mixed\n\
-                     hmm2_device_coherent      \n\
---------------------------------------------------------------------------------\n\
-global                                         plain\n";
+    const LIST: &str = concat!(
+        "# FIXTURE            VARIANT                   TEST\n",
+        "hmm                  hmm_device_private        open_close\n",
+        "                     hmm_device_coherent       anon_read\n",
+        "                                               a_test_with_a_very_long_name_indeed\n",
+        "--------------------------------------------------------------------------------\n",
+        "hmm2                 hmm2_device_private_with_a_long_name migrate_mixed\n",
+        "                     hmm2_device_coherent      \n",
+        "--------------------------------------------------------------------------------\n",
+        "global                                         plain\n",
+    );
 
     #[test]
     fn the_list_is_read() {

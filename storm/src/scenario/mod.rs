@@ -1,5 +1,6 @@
 //! Scenarios: what they are called, what they take, and how they run.
 
+mod bench;
 mod boot;
 mod conformance;
 pub(crate) mod definition;
@@ -151,7 +152,7 @@ pub(crate) enum ScenarioError {
 type Build = fn(&Parameters, Machine) -> Result<Box<dyn Workload>, ScenarioError>;
 
 /// Each scenario's definition and constructor.
-const SCENARIOS: [(&str, Build); 11] = [
+const SCENARIOS: [(&str, Build); 12] = [
     (include_str!("../../scenarios/drain-livelock.toml"), |p, m| {
         Ok(Box::new(drain_livelock::DrainLivelock::new(p, m)?))
     }),
@@ -163,6 +164,7 @@ const SCENARIOS: [(&str, Build); 11] = [
     (include_str!("../../scenarios/gpu-endings.toml"), |p, _| Ok(Box::new(gpu_endings::GpuEndings::new(p)))),
     (include_str!("../../scenarios/boot.toml"), |_, _| Ok(Box::new(boot::Boot))),
     (include_str!("../../scenarios/kunit.toml"), |p, _| Ok(Box::new(kunit::Kunit::new(p)))),
+    (include_str!("../../scenarios/bench.toml"), |p, _| Ok(Box::new(bench::Bench::new(p)))),
     (include_str!("../../scenarios/conformance.toml"), |p, _| Ok(Box::new(conformance::Conformance::new(p)))),
     (include_str!("../../scenarios/selftest.toml"), |p, _| Ok(Box::new(selftest::Selftest::new(p)))),
     (include_str!("../../scenarios/known-bugs.toml"), |p, _| Ok(Box::new(known_bugs::KnownBugs::new(p)))),
@@ -247,7 +249,7 @@ mod tests {
         let error = prepare("drain", None, [], MACHINE).expect_err("unknown").to_string();
         assert_eq!(
             error,
-            "there is no scenario `drain`; there are: drain-livelock, smoke, evict-pressure, svm, gpu-endings, boot, kunit, conformance, selftest, known-bugs, vfio-selftest"
+            "there is no scenario `drain`; there are: drain-livelock, smoke, evict-pressure, svm, gpu-endings, boot, kunit, bench, conformance, selftest, known-bugs, vfio-selftest"
         );
     }
 

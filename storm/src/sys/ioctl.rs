@@ -160,6 +160,24 @@ pub(crate) fn peer_migrate(fd: impl AsFd, range: PageSpan<'_>, from: u32) -> io:
     Ok(request)
 }
 
+/// [`uapi::HMM_DMIRROR_MIGRATE_TO_DEV`]: `range` to the device, and the device's copy of it into `buffer`. The kernel's own
+/// test_hmm knows it too.
+///
+/// # Errors
+/// `EINVAL` for a buffer that is too short; else what the driver answers.
+pub(crate) fn migrate_to_device(fd: impl AsFd, range: PageSpan<'_>, buffer: &Mapping) -> io::Result<()> {
+    let buffer = buffer.span(0..range.pages()).ok_or(io::Errno::INVAL)?;
+    let mut request = uapi::DmirrorCmd {
+        addr: range.address(),
+        ptr: buffer.address(),
+        npages: range.pages() as u64,
+        ..Default::default()
+    };
+    // SAFETY: HMM_DMIRROR_MIGRATE_TO_DEV takes a `DmirrorCmd`; it keeps the contents of `range` and stores as many pages
+    // into `buffer`.
+    unsafe { update::<{ uapi::HMM_DMIRROR_MIGRATE_TO_DEV }, _>(fd, &mut request) }
+}
+
 /// [`uapi::HSGPU_STATS`].
 ///
 /// # Errors

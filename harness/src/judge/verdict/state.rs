@@ -144,7 +144,7 @@ impl State {
             }
             Event::Measured(_) => {}
             Event::Bye => self.bye = true,
-            Event::Tests { .. } | Event::Output { .. } => {}
+            Event::Tests { .. } | Event::Output { .. } | Event::Sample { .. } => {}
         }
     }
 
