@@ -50,7 +50,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<Outcome, Error> {
         What::Profiles => profiles(&ctx.repo.join("qemu-config"))?,
         What::Scenarios => scenarios(&ctx.repo.join("storm/scenarios"))?,
         What::Kernels => choices(&ctx.repo.join("images/kernels.toml"), "kernel")?,
-        What::Variants => variants(&ctx.repo)?,
+        What::Variants => candidates(&ctx.repo)?,
         What::Flavours => choices(&ctx.repo.join("images/flavours.toml"), "flavour")?,
     };
     if args.json {
@@ -111,7 +111,7 @@ fn choices(path: &Path, kind: &str) -> Result<Vec<Entry>, Error> {
 }
 
 /// The fix candidates, with the kernels that each exists for.
-fn variants(repo: &Path) -> Result<Vec<Entry>, Error> {
+fn candidates(repo: &Path) -> Result<Vec<Entry>, Error> {
     let pins = Pins::load(repo)?;
     let mut entries = choices(&repo.join("images/variants/variants.toml"), "variant")?;
     for (entry, variant) in entries.iter_mut().zip(&pins.variants.variant) {
@@ -167,7 +167,7 @@ mod tests {
             assert!(entries.iter().any(|e| e.name == name), "{entries:?}");
             assert_eq!(entries.iter().filter(|e| e.about.ends_with(" (default)")).count(), 1, "{entries:?}");
         }
-        let variants = variants(&root).expect("variants");
+        let variants = candidates(&root).expect("variants");
         let about = |name| &variants.iter().find(|e| e.name == name).expect("a variant").about;
         assert!(about("wait-on-locked").ends_with(" [6.19.6, 7.1.13: as it is]"), "{variants:?}");
         assert!(about("sleeping-lock").ends_with(" [6.19.6]"), "{variants:?}");
