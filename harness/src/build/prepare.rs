@@ -92,9 +92,11 @@ impl Builder {
         drgn::drgn(&self.pins, &self.cache, &self.progress)
     }
 
-    /// Checksums of a variant's patches, in order of application; none if this tree does not have it.
-    pub fn variant_patches(&self, name: &str) -> Option<Vec<String>> {
-        let patches = Stack::parse(Some(name), &self.pins).ok()?;
+    /// Checksums of a variant's patches for a kernel of this version, in order of application; none if this tree does not have
+    /// it.
+    pub fn variant_patches(&self, name: &str, version: &str) -> Option<Vec<String>> {
+        let kernel = self.pins.kernel_for(version).ok()?;
+        let patches = Stack::parse(Some(name), kernel, &self.pins).ok()?;
         let patches = patches.patches(&self.pins.repo.join("images/variants")).ok()?;
         Some(patches.into_iter().map(|patch| patch.sha256).collect())
     }

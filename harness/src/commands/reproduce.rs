@@ -88,7 +88,7 @@ fn programs(capsule: &Capsule, parts: &Parts, ctx: &Context) -> Result<Programs,
     let under_test: Vec<&PatchText> =
         capsule.patches.iter().filter(|patch| patch.patch.origin != Some(Origin::Abstraction)).collect();
     let sums: Vec<&str> = under_test.iter().map(|patch| patch.patch.sha256.as_str()).collect();
-    let known = builder.variant_patches(&capsule.record.run.variant);
+    let known = builder.variant_patches(&capsule.record.run.variant, text("kernel_version"));
     let scratch = tempfile::tempdir().map_err(|source| BuildError::Io {
         action: "create",
         path: std::env::temp_dir(),
