@@ -155,7 +155,9 @@ impl Mail {
             rows.push(line);
         }
         for panel in panels(&rows) {
-            for row in rows.iter().filter(|row| panel.iter().any(|&(at, _)| !row[at].is_empty())) {
+            let says =
+                |row: &Vec<String>| panel[1..].iter().any(|&(at, _)| !row[at].is_empty() && row[at] != "-");
+            for row in rows.iter().filter(|row| says(row)) {
                 let cells: Vec<_> =
                     panel.iter().map(|&(at, width)| format!("{:width$}", ascii(&row[at]))).collect();
                 self.code(4, cells.join("  ").trim_end());
