@@ -122,7 +122,8 @@ pub(crate) struct Patience<'a> {
     pub(crate) step_ms: u32,
     /// After how long without progress the job has failed, in milliseconds.
     pub(crate) limit_ms: u32,
-    /// Called when it has looked in vain. Returns whether there was progress, after which it looks again at once.
+    /// Called when it has looked in vain. Returns whether there was progress, or somebody works on it: then the time begins
+    /// anew.
     pub(crate) watch: &'a mut dyn FnMut() -> bool,
 }
 
@@ -379,7 +380,9 @@ impl Channel {
             }
             if (patience.watch)() {
                 waited_ms = 0;
-                continue;
+                if self.fences.poll(index, value).is_some() {
+                    continue;
+                }
             }
             if waited_ms >= patience.limit_ms {
                 return self.give_up(regs, index, slot, value);

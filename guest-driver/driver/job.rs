@@ -248,13 +248,24 @@ impl Record {
         let mut interrupted = false;
         let mut watch = || {
             if serve {
-                session.faults().dispatch(session);
-                if space.service(session) {
-                    return true;
-                }
+                let mut served = false;
+
                 if direct && !interrupted && current!().signal_pending() {
                     interrupted = true;
                     space.end_on(channel.index());
+                }
+                // What a replay leads to on a synchronous device is in the buffer at once.
+                loop {
+                    session.faults().dispatch(session);
+                    if !space.service(session) {
+                        break;
+                    }
+                    served = true;
+                    if direct && !interrupted && current!().signal_pending() {
+                        break;
+                    }
+                }
+                if served {
                     return true;
                 }
             } else if session.faults().is_pending() {
@@ -262,7 +273,8 @@ impl Record {
                 session.faults().dispatch(session);
             }
             let now = space.progress.load(Relaxed);
-            core::mem::replace(&mut seen, now) != now
+            // What it takes to serve a fault (evictions, lost interrupts) does not count against the job.
+            core::mem::replace(&mut seen, now) != now || space.serving.load(Relaxed) != 0
         };
         let mut patience = Patience {
             step_ms: if serve { DIRECT_STEP_MS } else { STEP_MS },

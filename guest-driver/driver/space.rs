@@ -101,6 +101,8 @@ pub(crate) struct Space {
     work: Work<Space>,
     /// Batches of faults that were served, for those who wait for a job.
     pub(crate) progress: Atomic<u64>,
+    /// How many serve faults of this space now: its jobs wait for them, and not for the device.
+    pub(crate) serving: Atomic<u32>,
     /// How many callers serve the faults of this space themselves.
     pub(crate) direct: Atomic<u32>,
     /// A set bit is a channel whose job is to end at its next fault.
@@ -160,6 +162,7 @@ impl Space {
                 pending <- new_spinlock!(pending, "hsgpu::space::pending"),
                 work <- new_work!("hsgpu::space::work"),
                 progress: Atomic::new(0),
+                serving: Atomic::new(0),
                 direct: Atomic::new(0),
                 ending: Atomic::new(0),
                 dead: Atomic::new(0),
@@ -244,7 +247,9 @@ impl Space {
             }
             // They were popped from the end.
             server.batch.reverse();
+            self.serving.fetch_add(1, Full);
             server.serve_batch();
+            self.serving.fetch_add(u32::MAX, Full);
             self.replay(session);
             served = true;
         }
