@@ -46,11 +46,11 @@ pub(crate) enum Finding {
         /// What it holds, and where that was seen.
         found: String,
     },
-    /// What the kernel says of memory is wrong.
+    /// Something besides contents is not as it must be.
     Invariant {
-        /// Which of its words.
+        /// Which invariant.
         name: String,
-        /// What it should be, and is.
+        /// What was expected and what was found.
         detail: String,
     },
     /// The worker cannot go on.
@@ -82,7 +82,7 @@ impl Finding {
 /// The board of one run.
 #[derive(Debug)]
 pub(crate) struct Board {
-    /// Page 0: the round. Then [`SLOT_PAGES`] a worker.
+    /// Page 0: the round, and whether the workers are to stop. Then [`SLOT_PAGES`] a worker.
     memory: Mapping,
     workers: usize,
 }
@@ -103,6 +103,20 @@ impl Board {
 
     fn round_cell(&self) -> &AtomicU64 {
         &self.memory.page(0)[0]
+    }
+
+    fn stop_cell(&self) -> &AtomicU64 {
+        &self.memory.page(0)[1]
+    }
+
+    /// Tells workers that go on until they are told to stop, in whatever process they are.
+    pub(crate) fn stop(&self) {
+        self.stop_cell().store(1, Release);
+    }
+
+    /// Whether a worker should end: it was told to, or another one has found something.
+    pub(crate) fn stopped(&self) -> bool {
+        self.stop_cell().load(Acquire) != 0 || self.has_finding()
     }
 
     /// Notes that round `round` begins.
@@ -129,7 +143,9 @@ impl Board {
             let completed = slot.counts[COMPLETED].load(Acquire);
             progress.operations += completed;
             progress.faults += slot.counts[FAULTS].load(Relaxed);
-            progress.outstanding += u32::from(slot.begun() > completed);
+            let busy = slot.begun() > completed;
+            progress.outstanding += u32::from(busy);
+            progress.busy.push(busy);
             progress.workers.push(completed);
             progress.pids.push(slot.counts[PID].load(Relaxed) as u32);
         }
@@ -184,6 +200,12 @@ impl Slot<'_> {
     /// Notes what came of a migration of `pages` pages.
     pub(crate) fn migrated(self, pages: usize, answer: &uapi::Migrate) {
         self.meter.migrated(pages, answer);
+    }
+
+    /// Notes that the operation that began is complete and right, and was an access by the CPU.
+    pub(crate) fn complete_touch(self) {
+        self.meter.complete_touch();
+        self.counts[COMPLETED].store(self.begun(), Release);
     }
 
     /// Notes that the operation that began is complete and right, and how many resolved device faults that makes.
@@ -243,7 +265,7 @@ fn to_json(finding: &Finding) -> String {
         Finding::Corruption { page, expected, found } => {
             Finding::Corruption { page: *page, expected: cut(expected), found: cut(found) }
         }
-        Finding::Invariant { name, detail } => Finding::Invariant { name: name.clone(), detail: cut(detail) },
+        Finding::Invariant { name, detail } => Finding::Invariant { name: cut(name), detail: cut(detail) },
         Finding::Failure(message) => Finding::Failure(cut(message)),
     })
 }
@@ -271,6 +293,7 @@ mod tests {
             outstanding: 1,
             workers: vec![1, 0, 2],
             pids: vec![0, pid, 0],
+            busy: vec![false, true, false],
         };
         assert_eq!(board.progress(), expected);
         board.slot(1).complete(1);

@@ -90,8 +90,7 @@ fn storm(
             format!("this control needs a guest booted with preempt={wanted}, and this one has {model}");
         return Err((2, message));
     }
-    let outcome =
-        supervise(&prepared, seed, machine, &Sink::Terminal, heartbeat).map_err(|e| (3, e.to_string()))?;
+    let outcome = supervise(&prepared, seed, &Sink::Terminal, heartbeat).map_err(|e| (3, e.to_string()))?;
     println!(
         "{}",
         match outcome {

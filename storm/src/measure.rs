@@ -110,6 +110,14 @@ impl<'a> Meter<'a> {
         self.add(RETRIES, tries.saturating_sub(faults));
     }
 
+    /// The operation that began is complete and was an access by the CPU: it resolved a fault if it took one.
+    pub(crate) fn complete_touch(self) {
+        if self.get(RETURNED_AT) == 0 {
+            self.returned();
+        }
+        self.complete(u64::from(self.get(FAULTS_AFTER) > self.get(FAULTS_BEFORE)));
+    }
+
     fn look_at_switches(self, usage: Usage, now: u64) {
         if usage.switches != self.get(SWITCHES) {
             self.set(SWITCHES, usage.switches);

@@ -15,7 +15,7 @@ use crate::accounting::Baseline;
 use crate::board::{Board, Finding};
 use crate::clock::monotonic_ns;
 use crate::gpu;
-use crate::machine::{Machine, pin};
+use crate::machine::pin;
 use crate::scenario::{Context, Prepared};
 use crate::sink::Sink;
 use crate::sys::process::{PANICKED, block_signals, fork, unblock_signals, wait_signal};
@@ -73,7 +73,6 @@ impl SuperviseError {
 pub(crate) fn supervise(
     prepared: &Prepared,
     seed: u64,
-    machine: Machine,
     sink: &Sink,
     heartbeat: Duration,
 ) -> Result<Outcome, SuperviseError> {
@@ -92,7 +91,7 @@ pub(crate) fn supervise(
     let runner = fork(|| {
         unblock_signals();
         let tied = rustix::process::set_parent_process_death_signal(Some(Signal::KILL));
-        let ran = catch_unwind(AssertUnwindSafe(|| run(prepared, seed, machine, &board, sink)));
+        let ran = catch_unwind(AssertUnwindSafe(|| run(prepared, seed, &board, sink)));
         match (tied, ran) {
             (Ok(()), Ok(Ok(outcome))) => outcome.status().into(),
             (Ok(()), Ok(Err(error))) => fail(sink, &error.to_string()),
@@ -195,14 +194,8 @@ enum RunError {
 }
 
 /// The run itself, in its own process.
-fn run(
-    prepared: &Prepared,
-    seed: u64,
-    machine: Machine,
-    board: &Board,
-    sink: &Sink,
-) -> Result<Outcome, RunError> {
-    let baseline = Baseline::take(machine)?;
+fn run(prepared: &Prepared, seed: u64, board: &Board, sink: &Sink) -> Result<Outcome, RunError> {
+    let baseline = Baseline::take()?;
     let start = monotonic_ns();
     if prepared.workload.run(&Context { board, seed, sink }).is_err() {
         // What was found is on the board, for the supervisor to tell.
@@ -210,7 +203,7 @@ fn run(
     }
     let elapsed_ns = monotonic_ns() - start;
     let progress = board.progress();
-    let (wrong, stats) = baseline.verify(&progress)?;
+    let (wrong, stats) = baseline.verify(&progress, &prepared.waived)?;
     let outcome = if wrong.is_empty() { Outcome::Clean } else { Outcome::Wrong };
     for event in wrong {
         sink.emit(event)?;

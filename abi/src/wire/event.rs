@@ -150,6 +150,9 @@ pub struct Progress {
     pub workers: Vec<u64>,
     /// Thread or process id of each worker, as the kernel's reports name it.
     pub pids: Vec<u32>,
+    /// Whether each worker is inside an operation: one that is not has nothing to wait for.
+    #[serde(default)]
+    pub busy: Vec<bool>,
 }
 
 /// What the workers of a scenario measured, all of them together.

@@ -50,6 +50,7 @@ struct Limits {
     no_progress_ms: u64,
     run_ms: Option<u64>,
     after_complaint_ms: Option<u64>,
+    starvation_ms: Option<u64>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -236,6 +237,13 @@ impl Scenario {
     #[must_use]
     pub fn after_complaint(&self) -> Option<Duration> {
         self.limits.after_complaint_ms.map(Duration::from_millis)
+    }
+
+    /// Guest time after which a worker inside one operation, while others complete theirs, starves. None: a worker may wait
+    /// for others, or for long.
+    #[must_use]
+    pub fn starvation(&self) -> Option<Duration> {
+        self.limits.starvation_ms.map(Duration::from_millis)
     }
 
     /// Preemption models under which the scenario shows what it is for.

@@ -145,7 +145,7 @@ fn storm(config: &Config, sink: &Sink) -> Result<(), InitError> {
     let prepared = prepare(scenario, None, overrides, machine)?;
     settle();
     // How it ended is told already.
-    supervise(&prepared, config.seed, machine, sink, config.heartbeat)?;
+    supervise(&prepared, config.seed, sink, config.heartbeat)?;
     Ok(())
 }
 

@@ -30,12 +30,26 @@ pub(crate) struct Definition {
     /// What must hold for the bug to show.
     #[serde(default)]
     pub(crate) conditions: Vec<Condition>,
+    /// Invariants that are not judged after it.
+    #[serde(default)]
+    pub(crate) waived: Vec<Waiver>,
     /// Parameters.
     #[serde(default)]
     pub(crate) parameters: Vec<Parameter>,
     /// Runs with one condition removed.
     #[serde(default)]
     pub(crate) controls: Vec<Control>,
+}
+
+/// An invariant that a scenario cannot hold the kernel to.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Waiver {
+    /// Its name.
+    pub(crate) invariant: String,
+    /// Why not.
+    #[expect(dead_code, reason = "for who reads the definition, which has to give a reason")]
+    why: String,
 }
 
 /// The least that the machine must have.
@@ -72,6 +86,7 @@ struct Limits {
     no_progress_ms: u64,
     run_ms: Option<u64>,
     after_complaint_ms: Option<u64>,
+    starvation_ms: Option<u64>,
 }
 
 /// One thing that must hold for the bug to show.

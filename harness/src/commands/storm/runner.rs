@@ -285,7 +285,7 @@ impl<'a> Runner<'a> {
             run: self.scenario.run_limit().unwrap_or(seconds(limits.run)),
             hard_stop: (no_progress * 10).max(waited * 2),
             detectors: waited,
-            starvation: None,
+            starvation: self.scenario.starvation(),
             least_rate: None,
             after_complaint: self.scenario.after_complaint().unwrap_or(SETTLE),
             guest_time_only: spec.deterministic(),

@@ -40,7 +40,7 @@ pub(super) struct State {
     pub(super) heartbeat: Option<Moment>,
     /// The last moment at which anything was completed.
     pub(super) last_progress: Moment,
-    /// By worker: the last moment at which it completed an operation.
+    /// By worker: the last moment at which it completed an operation, or was in none.
     pub(super) worker_progress: Vec<Moment>,
     pub(super) done: Option<Done>,
     pub(super) bye: bool,
@@ -151,7 +151,9 @@ impl State {
     fn storm_progress(&mut self, progress: Progress, no_progress: Duration) {
         let before = self.progress.take().unwrap_or_default();
         for (worker, &operations) in progress.workers.iter().enumerate() {
-            if operations > before.workers.get(worker).copied().unwrap_or(0)
+            // A worker that is at rest, or at its end, waits for nothing.
+            let at_rest = progress.busy.get(worker) == Some(&false);
+            if (at_rest || operations > before.workers.get(worker).copied().unwrap_or(0))
                 && let Some(last) = self.worker_progress.get_mut(worker)
             {
                 *last = self.now;

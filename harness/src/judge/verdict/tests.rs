@@ -598,6 +598,22 @@ fn starvation() {
 }
 
 #[test]
+fn a_worker_at_rest_does_not_starve() {
+    let mut run = Run::new(Limits { starvation: Some(Duration::from_secs(5)), ..limits() });
+    // The others complete something now and then, the migrator is done.
+    run.progress.busy = vec![false, true, true, true];
+    for n in 3..30 {
+        run.at(f64::from(n)).work(10).device(10, 0);
+        assert!(run.decide().is_none(), "at {n} s: {:?}", run.decide());
+    }
+    run.progress.busy[0] = true;
+    for n in 30..40 {
+        run.at(f64::from(n)).work(10).device(10, 0);
+    }
+    assert_eq!(run.verdict(), Some(Verdict::Starvation));
+}
+
+#[test]
 fn progress_that_came_back_is_recorded() {
     let mut run = Run::new(limits());
     run.stall();
