@@ -246,6 +246,7 @@ impl Mirror {
     ) -> Result {
         let stats = &part.session.stats;
         let start = Instant::<Monotonic>::now();
+        let mut owner = part.owner;
 
         loop {
             req.faults += 1;
@@ -253,7 +254,7 @@ impl Mirror {
 
             let seq = self.notifier.read_begin();
             let mmap = part.mm.mmap_read_lock();
-            let faulted = hmm::range_fault(seq, &mmap, part.addr, pfns, request, part.owner);
+            let faulted = hmm::range_fault(seq, &mmap, part.addr, pfns, request, owner);
             drop(mmap);
 
             let faulted = match faulted {
@@ -262,6 +263,13 @@ impl Mirror {
                 Err(error) => return Err(error),
             };
             if let Some(mut mapped) = faulted {
+                if request == Request::Write && owner.is_some() && !part.is_writable(&mapped) {
+                    // hmm_range_fault() reports pages of the owner as they are, also those that are shared after a fork
+                    // and may only be read (mm/hmm.c, hmm_vma_handle_pte()). For a stranger it faults them: each comes to
+                    // system memory, and is copied there if it is shared.
+                    owner = None;
+                    continue;
+                }
                 part.copy(&mapped, bounce, request, segments)?;
                 part.remember(&mut mapped);
                 return Ok(());
@@ -287,6 +295,15 @@ struct Part<'a> {
 }
 
 impl Part<'_> {
+    /// Whether the process may write all of its pages where they are.
+    fn is_writable(&self, mapped: &Mapped<'_, '_, Watch>) -> bool {
+        (0..self.pages).all(|index| match mapped.entry(index) {
+            Entry::Page(page) => page.is_writable(),
+            // Told by the copy.
+            Entry::None | Entry::Error => true,
+        })
+    }
+
     /// Copies between the pages, which stay where they are as long as `mapped` exists, and the bounce buffer. Without
     /// a fault, only pages of this device count.
     ///
