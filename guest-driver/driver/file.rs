@@ -47,6 +47,7 @@ use crate::{
         Gpu,
         Session, //
     },
+    hold,
     mirror::{
         user_range,
         Mirror, //
@@ -263,6 +264,19 @@ impl MiscDevice for OpenFile {
                 let result = peer::migrate(&session, pagemap, this.mirror.mm(), &mut command);
                 command.write(arg)?;
                 result?;
+            }
+            uapi::HSGPU_HOLD => {
+                let mut command = uapi::Hold::read(arg)?;
+
+                let result = hold::hold(&session, pagemap, &this.mirror, &mut command);
+                command.write(arg)?;
+                result?;
+            }
+            uapi::HSGPU_REFUSE => {
+                let mut command = uapi::Refuse::read(arg)?;
+
+                session.refusal.set(&mut command)?;
+                command.write(arg)?;
             }
             uapi::HSGPU_STATS => session.stats_snapshot().write(arg)?,
             _ => return Err(ENOTTY),

@@ -87,6 +87,7 @@ use crate::{
         Bar0,
         Regs, //
     },
+    refuse::Refusal,
     selftest,
     space::Space,
     stats::Stats,
@@ -128,6 +129,8 @@ pub(crate) struct Gpu {
     /// The channels on which access jobs run.
     #[pin]
     pub(crate) job_channels: JobChannels,
+    /// CPU faults that it does not serve.
+    pub(crate) refusal: Refusal,
     identity: Identity,
     dev: ARef<Device>,
     bar: Arc<Devres<Bar0>>,
@@ -204,6 +207,7 @@ impl Gpu {
                 stats,
                 spaces <- Spaces::new(identity.spaces)?,
                 job_channels <- JobChannels::new(COPY_CHANNELS..identity.channels),
+                refusal: Refusal::new(),
                 identity,
                 dev: dev.into(),
                 bar,

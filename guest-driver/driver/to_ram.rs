@@ -30,7 +30,8 @@ use crate::{
         Room,
         PAGES, //
     },
-    pagemap::VramPages, //
+    pagemap::VramPages,
+    refuse::Instead, //
 };
 
 /// Brings the page that the CPU touched back to system memory, or the folio if that is mapped as a whole.
@@ -43,6 +44,11 @@ pub(crate) fn to_ram(pages: &VramPages, fault: &CpuFault<'_>) -> Result<(), Faul
     let gpu = pages.data().gpu();
 
     gpu.stats.cpu_faults.inc();
+    match gpu.refusal.instead() {
+        Some(Instead::Stay) => return Ok(()),
+        Some(Instead::Fail) => return Err(FaultError::Bus),
+        None => (),
+    }
     gpu.enter_fault()
         .map_err(|_| FaultError::Bus)
         .and_then(|session| match fault.order() {

@@ -40,7 +40,9 @@ plain!(
     Wait,
     Policy,
     Evict,
-    PeerMigrate
+    PeerMigrate,
+    Hold,
+    Refuse
 );
 
 /// An ioctl structure of this driver.

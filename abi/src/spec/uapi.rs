@@ -354,7 +354,64 @@ pub struct Stats {
 /// Reads [`Stats`].
 pub const HSGPU_STATS: u32 = iowr(0x82, size_of::<Stats>());
 
+/// Locks device pages and lets them be: something that is no migration and has the lock again and again.
+///
+/// One page a time: the folio of the page at the next address of the range is locked, kept for a while and unlocked. It
+/// holds a reference as long as the lock, and no longer. A signal ends it early; then `held` says how far it came.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Hold {
+    /// In: user address.
+    pub addr: u64,
+    /// In: pages, taken in turn.
+    pub npages: u64,
+    /// In: times that a page is locked, all together.
+    pub times: u64,
+    /// In: microseconds that each lock is kept.
+    pub hold_us: u64,
+    /// In: microseconds between two locks. With [`Hold::hold_us`], at most [`HOLD_LIMIT_US`] in all.
+    pub gap_us: u64,
+    /// Out: times that a page was locked and kept.
+    pub held: u64,
+    /// Out: times that the page was not on this GPU.
+    pub absent: u64,
+    /// Out: longest wait for a lock, microseconds.
+    pub waited_us: u64,
+}
+
+/// Most microseconds of one [`HSGPU_HOLD`].
+pub const HOLD_LIMIT_US: u64 = 10_000_000;
+
+/// [`Hold`].
+pub const HSGPU_HOLD: u32 = iowr(0x90, size_of::<Hold>());
+
+/// [`Refuse::mode`]: CPU faults are served.
+pub const REFUSE_NOTHING: u32 = 0;
+/// [`Refuse::mode`]: CPU faults return without an error and without having migrated anything.
+pub const REFUSE_STAY: u32 = 1;
+/// [`Refuse::mode`]: CPU faults fail with `VM_FAULT_SIGBUS`; the page stays as it is.
+pub const REFUSE_FAIL: u32 = 2;
+
+/// Makes the GPU's `migrate_to_ram()` refuse, for a time: what drivers do that keep a page on the device for a time slice.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Refuse {
+    /// In: `REFUSE_*`.
+    pub mode: u32,
+    /// Reserved, zero.
+    pub reserved: u32,
+    /// In: microseconds after which faults are served again, at most [`HOLD_LIMIT_US`].
+    pub for_us: u64,
+    /// Out: faults refused since probe.
+    pub refused: u64,
+}
+
+/// [`Refuse`].
+pub const HSGPU_REFUSE: u32 = iowr(0x91, size_of::<Refuse>());
+
 const _: () = {
+    assert!(size_of::<Hold>() == 64);
+    assert!(size_of::<Refuse>() == 24);
     assert!(size_of::<DmirrorCmd>() == 40);
     assert!(size_of::<Migrate>() == 56);
     assert!(size_of::<Access>() == 56);
