@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
 
 use hmmstorm_abi::job::{Job, Outcome};
 use hmmstorm_abi::ring::Status;
@@ -12,7 +13,7 @@ use rustix::io::Errno;
 use thiserror::Error;
 
 use crate::sys::ioctl;
-use crate::sys::memory::{Mapping, PageSpan};
+use crate::sys::memory::{Addresses, Mapping, PageSpan};
 
 /// Path of GPU `index`'s node.
 pub(crate) fn node(index: usize) -> String {
@@ -98,9 +99,11 @@ pub(crate) enum GpuError {
         /// Why.
         source: Errno,
     },
-    /// The statistics cannot be read.
-    #[error("HSGPU_STATS on GPU {gpu}: {source}")]
-    Stats {
+    /// A call that is about no memory came back with an error.
+    #[error("{call} on GPU {gpu}: {source}")]
+    Device {
+        /// Its name.
+        call: &'static str,
         /// The GPU.
         gpu: usize,
         /// Why.
@@ -109,6 +112,20 @@ pub(crate) enum GpuError {
     /// A buffer for a snapshot cannot be had.
     #[error("no memory for a snapshot: {0}")]
     Memory(Errno),
+}
+
+impl GpuError {
+    /// The number that the call came back with, if it came back.
+    pub(crate) fn errno(&self) -> Option<Errno> {
+        match self {
+            Self::Call { source, .. }
+            | Self::Device { source, .. }
+            | Self::Submit { source, .. }
+            | Self::Wait { source, .. }
+            | Self::Policy { source, .. } => Some(*source),
+            Self::Open { .. } | Self::Memory(_) | Self::Job { .. } => None,
+        }
+    }
 }
 
 /// Whose a device access or a migration is: what `hmm_range_fault()` or `migrate_vma_setup()` gets as owner.
@@ -173,6 +190,28 @@ impl Gpu {
         ioctl::migrate(&self.file, range, request).map_err(self.call_error("HSGPU_MIGRATE", range))
     }
 
+    /// Migrates what is at these addresses, if anything is, to this GPU.
+    ///
+    /// # Errors
+    /// Of the driver, as a number; `EINVAL` and `EFAULT` mean that nothing is there.
+    pub(crate) fn migrate_at(&self, range: Addresses) -> Result<uapi::Migrate, Errno> {
+        let request = uapi::Migrate {
+            select: uapi::SELECT_SYSTEM,
+            owner: uapi::OWNER_OWN,
+            direction: uapi::TO_DEVICE,
+            ..Default::default()
+        };
+        ioctl::migrate(&self.file, range, request)
+    }
+
+    /// Has the GPU read what is at these addresses, if anything is, into `buffer`.
+    ///
+    /// # Errors
+    /// As [`Gpu::migrate_at`].
+    pub(crate) fn read_at(&self, range: Addresses, buffer: &Mapping) -> Result<uapi::Access, Errno> {
+        ioctl::read(&self.file, range, buffer, uapi::OWNER_OWN)
+    }
+
     /// Has the GPU read `range` into `buffer`.
     ///
     /// # Errors
@@ -201,6 +240,34 @@ impl Gpu {
         let request = uapi::Access { write: 1, owner: owner.to_abi(), ..Default::default() };
         ioctl::access(&self.file, range, buffer, request)
             .map_err(self.call_error("HSGPU_ACCESS (write)", range))
+    }
+
+    /// Has the driver lock the folio of each page of `range` in turn, `times` times all together, for `hold`, with `gap`
+    /// between two, and migrate none. Pages that are not on this GPU are passed over.
+    ///
+    /// # Errors
+    /// [`GpuError::Call`]; `EINVAL` if that takes more than [`uapi::HOLD_LIMIT_US`].
+    pub(crate) fn hold(
+        &self,
+        range: PageSpan<'_>,
+        times: u64,
+        hold: Duration,
+        gap: Duration,
+    ) -> Result<uapi::Hold, GpuError> {
+        let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        let request = uapi::Hold { times, hold_us: micros(hold), gap_us: micros(gap), ..Default::default() };
+        ioctl::hold(&self.file, range, request).map_err(self.call_error("HSGPU_HOLD", range))
+    }
+
+    /// Has this GPU's driver refuse CPU faults by `mode` (`uapi::REFUSE_*`) for `time`; says how many it has refused so far.
+    ///
+    /// # Errors
+    /// [`GpuError::Device`].
+    pub(crate) fn refuse(&self, mode: u32, time: Duration) -> Result<u64, GpuError> {
+        let for_us = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        ioctl::refuse(&self.file, uapi::Refuse { mode, for_us, ..Default::default() })
+            .map(|answer| answer.refused)
+            .map_err(|source| GpuError::Device { call: "HSGPU_REFUSE", gpu: self.index, source })
     }
 
     /// How many pages of `range` are in this GPU's memory; faults nothing in.
@@ -287,9 +354,13 @@ impl Gpu {
     /// The driver's counters.
     ///
     /// # Errors
-    /// [`GpuError::Stats`].
+    /// [`GpuError::Device`].
     pub(crate) fn stats(&self) -> Result<uapi::Stats, GpuError> {
-        ioctl::stats(&self.file).map_err(|source| GpuError::Stats { gpu: self.index, source })
+        ioctl::stats(&self.file).map_err(|source| GpuError::Device {
+            call: "HSGPU_STATS",
+            gpu: self.index,
+            source,
+        })
     }
 }
 

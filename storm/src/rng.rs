@@ -36,6 +36,13 @@ impl Rng {
         result
     }
 
+    /// Puts `items` into a random order (Fisher and Yates).
+    pub(crate) fn shuffle<T>(&mut self, items: &mut [T]) {
+        for last in (1..items.len()).rev() {
+            items.swap(last, self.up_to(last as u64) as usize);
+        }
+    }
+
     /// A number from 0 to `most`, both included, each as likely as the others (within 2⁻⁶⁴ × `most`).
     pub(crate) fn up_to(&mut self, most: u64) -> u64 {
         ((u128::from(self.next()) * (u128::from(most) + 1)) >> 64) as u64

@@ -1,18 +1,32 @@
 //! Scenarios: what they are called, what they take, and how they run.
 
+mod access;
 mod bench;
 mod boot;
 mod conformance;
 pub(crate) mod definition;
 mod drain_livelock;
 mod evict_pressure;
+mod fault_storm;
+mod fork_cow;
 mod gate;
 mod gpu_endings;
 mod known_bugs;
+mod ksm;
 mod kunit;
+mod lock_hog;
+mod pin;
+mod ping_pong;
+mod range;
+mod real_time;
+mod ref_livelock;
+mod refusing_driver;
 mod selftest;
 mod smoke;
 mod svm;
+mod team;
+mod thp_split;
+mod unmap_race;
 mod vfio_selftest;
 
 use thiserror::Error;
@@ -95,6 +109,14 @@ pub(crate) enum WorkError {
     /// The scenario's conditions cannot be met or did not hold.
     #[error("{0}")]
     Condition(String),
+    /// Something besides contents is not as it must be.
+    #[error("{name}: {detail}")]
+    Invariant {
+        /// Which invariant.
+        name: &'static str,
+        /// What was expected and what was found.
+        detail: String,
+    },
     /// Another worker has a finding.
     #[error("another worker ended the run")]
     Elsewhere,
@@ -109,6 +131,12 @@ impl WorkError {
     /// For `map_err`: names how a page was seen to be wrong.
     pub(crate) fn seen(seen: impl Into<String>) -> impl FnOnce(Mismatch) -> Self {
         |mismatch| Self::Data { mismatch, seen: seen.into() }
+    }
+
+    /// Puts it on the board as the leader's.
+    fn stop(&self, context: &Context<'_>) -> Stopped {
+        self.post(context.board.slot(0));
+        Stopped
     }
 
     /// Puts it on the board.
@@ -152,7 +180,7 @@ pub(crate) enum ScenarioError {
 type Build = fn(&Parameters, Machine) -> Result<Box<dyn Workload>, ScenarioError>;
 
 /// Each scenario's definition and constructor.
-const SCENARIOS: [(&str, Build); 12] = [
+const SCENARIOS: &[(&str, Build)] = &[
     (include_str!("../../scenarios/drain-livelock.toml"), |p, m| {
         Ok(Box::new(drain_livelock::DrainLivelock::new(p, m)?))
     }),
@@ -162,6 +190,26 @@ const SCENARIOS: [(&str, Build); 12] = [
     }),
     (include_str!("../../scenarios/svm.toml"), |p, m| Ok(Box::new(svm::Svm::new(p, m)))),
     (include_str!("../../scenarios/gpu-endings.toml"), |p, _| Ok(Box::new(gpu_endings::GpuEndings::new(p)))),
+    (include_str!("../../scenarios/fault-storm.toml"), |p, m| {
+        Ok(Box::new(fault_storm::FaultStorm::new(p, m)))
+    }),
+    (include_str!("../../scenarios/lock-hog.toml"), |p, m| Ok(Box::new(lock_hog::LockHog::new(p, m)?))),
+    (include_str!("../../scenarios/ref-livelock.toml"), |p, m| {
+        Ok(Box::new(ref_livelock::RefLivelock::new(p, m)))
+    }),
+    (include_str!("../../scenarios/ping-pong.toml"), |p, m| {
+        Ok(Box::new(ping_pong::PingPong::new(p, m, false)))
+    }),
+    (include_str!("../../scenarios/peer-ping-pong.toml"), |p, m| {
+        Ok(Box::new(ping_pong::PingPong::new(p, m, true)))
+    }),
+    (include_str!("../../scenarios/unmap-race.toml"), |p, m| Ok(Box::new(unmap_race::UnmapRace::new(p, m)))),
+    (include_str!("../../scenarios/fork-cow.toml"), |p, m| Ok(Box::new(fork_cow::ForkCow::new(p, m)))),
+    (include_str!("../../scenarios/pin.toml"), |p, m| Ok(Box::new(pin::Pin::new(p, m)))),
+    (include_str!("../../scenarios/refusing-driver.toml"), |p, m| {
+        Ok(Box::new(refusing_driver::RefusingDriver::new(p, m)))
+    }),
+    (include_str!("../../scenarios/thp-split.toml"), |p, m| Ok(Box::new(thp_split::ThpSplit::new(p, m)))),
     (include_str!("../../scenarios/boot.toml"), |_, _| Ok(Box::new(boot::Boot))),
     (include_str!("../../scenarios/kunit.toml"), |p, _| Ok(Box::new(kunit::Kunit::new(p)))),
     (include_str!("../../scenarios/bench.toml"), |p, _| Ok(Box::new(bench::Bench::new(p)))),
@@ -188,6 +236,8 @@ pub(crate) struct Prepared {
     pub(crate) name: String,
     /// The parameters in force.
     pub(crate) parameters: Parameters,
+    /// Invariants that are not judged after it.
+    pub(crate) waived: Vec<String>,
     /// The workload.
     pub(crate) workload: Box<dyn Workload>,
 }
@@ -218,7 +268,19 @@ pub(crate) fn prepare<'a>(
             return Err(ScenarioError::Machine { scenario: name.to_owned(), needed, what, found });
         }
     }
-    Ok(Prepared { name: name.to_owned(), workload: build(&parameters, machine)?, parameters })
+    Ok(Prepared {
+        name: name.to_owned(),
+        workload: build(&parameters, machine)?,
+        waived: definition.waived.iter().map(|waiver| waiver.invariant.clone()).collect(),
+        parameters,
+    })
+}
+
+/// Runs an empty loop `turns` times: a delay that depends on nothing but the machine's instructions.
+fn idle(turns: u64) {
+    for turn in 0..turns {
+        std::hint::black_box(turn);
+    }
 }
 
 #[cfg(test)]
@@ -247,10 +309,13 @@ mod tests {
     #[test]
     fn an_unknown_scenario_names_the_known_ones() {
         let error = prepare("drain", None, [], MACHINE).expect_err("unknown").to_string();
-        assert_eq!(
-            error,
-            "there is no scenario `drain`; there are: drain-livelock, smoke, evict-pressure, svm, gpu-endings, boot, kunit, bench, conformance, selftest, known-bugs, vfio-selftest"
+        assert!(
+            error.starts_with("there is no scenario `drain`; there are: drain-livelock, smoke,"),
+            "{error}"
         );
+        for definition in definitions().expect("valid definitions") {
+            assert!(error.contains(&definition.name), "{} is not in: {error}", definition.name);
+        }
     }
 
     #[test]

@@ -14,7 +14,7 @@ use hmmstorm_abi::uapi;
 use rustix::io;
 use rustix::ioctl::{Opcode, Updater, ioctl};
 
-use super::memory::{Mapping, PageSpan};
+use super::memory::{Addresses, Mapping, PageSpan};
 
 /// Passes `value` with command `OPCODE`.
 ///
@@ -34,11 +34,12 @@ unsafe fn update<const OPCODE: Opcode, T>(fd: impl AsFd, value: &mut T) -> io::R
 /// What the driver answers.
 pub(crate) fn migrate(
     fd: impl AsFd,
-    range: PageSpan<'_>,
+    range: impl Into<Addresses>,
     request: uapi::Migrate,
 ) -> io::Result<uapi::Migrate> {
-    let mut request = uapi::Migrate { addr: range.address(), npages: range.pages() as u64, ..request };
-    // SAFETY: HSGPU_MIGRATE takes a `Migrate`; migration moves the pages of a `Mapping` and keeps their contents.
+    let range = range.into();
+    let mut request = uapi::Migrate { addr: range.start(), npages: range.pages() as u64, ..request };
+    // SAFETY: HSGPU_MIGRATE takes a `Migrate`; migration moves pages, whoever's they are, and keeps their contents.
     unsafe { update::<{ uapi::HSGPU_MIGRATE }, _>(fd, &mut request) }?;
     Ok(request)
 }
@@ -61,6 +62,30 @@ pub(crate) fn access(
         ..request
     };
     // SAFETY: HSGPU_ACCESS takes an `Access`; it stores into `range` or `buffer`, both in mappings and long enough.
+    unsafe { update::<{ uapi::HSGPU_ACCESS }, _>(fd, &mut request) }?;
+    Ok(request)
+}
+
+/// [`uapi::HSGPU_ACCESS`] to read: the device reads `range`, whatever is there, into `buffer`.
+///
+/// # Errors
+/// As [`access`].
+pub(crate) fn read(
+    fd: impl AsFd,
+    range: Addresses,
+    buffer: &Mapping,
+    owner: u32,
+) -> io::Result<uapi::Access> {
+    let buffer = buffer.span(0..range.pages()).ok_or(io::Errno::INVAL)?;
+    let mut request = uapi::Access {
+        addr: range.start(),
+        ptr: buffer.address(),
+        npages: range.pages() as u64,
+        write: 0,
+        owner,
+        ..Default::default()
+    };
+    // SAFETY: HSGPU_ACCESS takes an `Access`; as it does not write, it stores into `buffer` only, which is long enough.
     unsafe { update::<{ uapi::HSGPU_ACCESS }, _>(fd, &mut request) }?;
     Ok(request)
 }
@@ -176,6 +201,28 @@ pub(crate) fn migrate_to_device(fd: impl AsFd, range: PageSpan<'_>, buffer: &Map
     // SAFETY: HMM_DMIRROR_MIGRATE_TO_DEV takes a `DmirrorCmd`; it keeps the contents of `range` and stores as many pages
     // into `buffer`.
     unsafe { update::<{ uapi::HMM_DMIRROR_MIGRATE_TO_DEV }, _>(fd, &mut request) }
+}
+
+/// [`uapi::HSGPU_HOLD`] over `range`.
+///
+/// # Errors
+/// What the driver answers.
+pub(crate) fn hold(fd: impl AsFd, range: PageSpan<'_>, request: uapi::Hold) -> io::Result<uapi::Hold> {
+    let mut request = uapi::Hold { addr: range.address(), npages: range.pages() as u64, ..request };
+    // SAFETY: HSGPU_HOLD takes a `Hold`; it locks pages of a `Mapping` for a while and stores nothing.
+    unsafe { update::<{ uapi::HSGPU_HOLD }, _>(fd, &mut request) }?;
+    Ok(request)
+}
+
+/// [`uapi::HSGPU_REFUSE`].
+///
+/// # Errors
+/// What the driver answers.
+pub(crate) fn refuse(fd: impl AsFd, request: uapi::Refuse) -> io::Result<uapi::Refuse> {
+    let mut request = request;
+    // SAFETY: HSGPU_REFUSE takes a `Refuse` and no address.
+    unsafe { update::<{ uapi::HSGPU_REFUSE }, _>(fd, &mut request) }?;
+    Ok(request)
 }
 
 /// [`uapi::HSGPU_STATS`].

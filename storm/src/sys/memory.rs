@@ -12,7 +12,10 @@ use std::sync::atomic::{AtomicU32, AtomicU64};
 
 use hmmstorm_abi::uapi::PAGE_SIZE;
 use rustix::io;
-use rustix::mm::{self, Advice, MapFlags, MprotectFlags, ProtFlags};
+use rustix::mm::{self, Advice, MapFlags, MprotectFlags, MremapFlags, ProtFlags};
+
+/// Pages of a huge page of 2 MiB.
+pub(crate) const BLOCK_PAGES: usize = 512;
 
 /// An atomic integer that a [`Mapping`] consists of.
 ///
@@ -46,6 +49,35 @@ pub(crate) struct PageSpan<'a> {
     pages: usize,
 }
 
+/// Addresses that were a mapping's and may by now be nobody's or another's: for calls that neither depend on what is there
+/// nor change it. It borrows nothing, so the mapping can go while another thread makes the call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Addresses {
+    start: u64,
+    pages: usize,
+}
+
+impl Addresses {
+    /// `pages` pages from address `start` on.
+    pub(crate) fn new(start: u64, pages: usize) -> Self {
+        Self { start, pages }
+    }
+    /// The first address.
+    pub(crate) fn start(self) -> u64 {
+        self.start
+    }
+    /// Number of pages.
+    pub(crate) fn pages(self) -> usize {
+        self.pages
+    }
+}
+
+impl From<PageSpan<'_>> for Addresses {
+    fn from(span: PageSpan<'_>) -> Self {
+        Self { start: span.address(), pages: span.pages() }
+    }
+}
+
 impl PageSpan<'_> {
     /// User address of the first page.
     pub(crate) fn address(&self) -> u64 {
@@ -77,6 +109,39 @@ impl<C: Cell> Mapping<C> {
             Ok(()) | Err(io::Errno::INVAL) => Ok(mapping),
             Err(e) => Err(e),
         }
+    }
+
+    /// `blocks` times 2 MiB of private pages, aligned to that, with transparent huge pages asked for (or, for comparison,
+    /// forbidden).
+    ///
+    /// # Errors
+    /// Of `mmap`, `munmap`, `mprotect`, `madvise`; `EINVAL` for a kernel without transparent huge pages.
+    pub(crate) fn blocks(blocks: usize, huge: bool) -> io::Result<Self> {
+        let pages = blocks * BLOCK_PAGES;
+        let (length, block) = (pages * PAGE_SIZE, BLOCK_PAGES * PAGE_SIZE);
+        let all = length + block + 2 * PAGE_SIZE;
+        // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
+        let outer =
+            unsafe { mm::mmap_anonymous(std::ptr::null_mut(), all, ProtFlags::empty(), MapFlags::PRIVATE) }?;
+        let first = outer.wrapping_byte_add(PAGE_SIZE);
+        let inner = first.wrapping_byte_add(first.addr().next_multiple_of(block) - first.addr());
+        // What stands before one guard page and behind the other is given back, as the others have it.
+        let before = inner.addr() - PAGE_SIZE - outer.addr();
+        let behind = all - before - length - 2 * PAGE_SIZE;
+        for (start, size) in [(outer, before), (inner.wrapping_byte_add(length + PAGE_SIZE), behind)] {
+            if size > 0 {
+                // SAFETY: the range lies in the mapping made above, which nothing else knows yet.
+                unsafe { mm::munmap(start, size) }?;
+            }
+        }
+        let base = NonNull::new(inner.cast()).ok_or(io::Errno::FAULT)?;
+        // From here on dropping it unmaps the rest.
+        let mapping = Self { base, pages, cells: PhantomData };
+        // SAFETY: as above.
+        unsafe { mm::mprotect(inner, length, MprotectFlags::READ | MprotectFlags::WRITE) }?;
+        let advice = if huge { Advice::LinuxHugepage } else { Advice::LinuxNoHugepage };
+        mapping.advise(0..pages, advice)?;
+        Ok(mapping)
     }
 
     /// `pages` pages that children share.
@@ -159,6 +224,59 @@ impl<C: Cell> Mapping<C> {
         unsafe { mm::mprotect(start, pages.len() * PAGE_SIZE, MprotectFlags::READ) }
     }
 
+    /// Offers all pages to KSM (`MADV_MERGEABLE`), which may replace those that are alike by one that is written never.
+    ///
+    /// # Errors
+    /// Of `madvise`; `EINVAL` for a kernel without KSM.
+    pub(crate) fn mergeable(&self) -> io::Result<()> {
+        self.advise(0..self.pages, Advice::LinuxMergeable)
+    }
+
+    /// Lets the kernel take the pages at its leisure (`MADV_FREE`): each holds what it did, or zeros, until it is written.
+    ///
+    /// # Errors
+    /// As [`Mapping::discard`].
+    pub(crate) fn let_go(&self, pages: Range<usize>) -> io::Result<()> {
+        self.advise(pages, Advice::LinuxFree)
+    }
+
+    /// Moves all pages to other addresses (`mremap`), in a VMA of their own as before.
+    ///
+    /// # Errors
+    /// Of `mmap`, `mremap`; the pages are lost then.
+    pub(crate) fn relocate(self) -> io::Result<Self> {
+        let length = self.pages * PAGE_SIZE;
+        let mut to = Self::new(self.pages, MapFlags::PRIVATE)?;
+        // SAFETY: source and target are mappings of ours of this length; nobody has a borrow of either, since both are
+        // owned here. The source stays mapped, without pages, so its place cannot become another mapping before `self` is
+        // dropped.
+        let moved = unsafe {
+            mm::mremap_fixed(
+                self.base.as_ptr().cast(),
+                length,
+                length,
+                MremapFlags::MAYMOVE | MremapFlags::DONTUNMAP,
+                to.base.as_ptr().cast(),
+            )
+        }?;
+        to.base = NonNull::new(moved.cast()).ok_or(io::Errno::FAULT)?;
+        Ok(to)
+    }
+
+    /// Forbids (`writable` false) or allows writing to these pages (`mprotect`). Who writes what is forbidden is killed.
+    ///
+    /// # Errors
+    /// Of `mprotect`; `EINVAL` for an empty range or one outside.
+    pub(crate) fn protect(&self, pages: Range<usize>, writable: bool) -> io::Result<()> {
+        if pages.start >= pages.end || pages.end > self.pages {
+            return Err(io::Errno::INVAL);
+        }
+        let flags = if writable { MprotectFlags::READ | MprotectFlags::WRITE } else { MprotectFlags::READ };
+        let start = self.page(pages.start).as_ptr().cast_mut().cast();
+        // SAFETY: the range is ours, and stays readable.
+        unsafe { mm::mprotect(start, pages.len() * PAGE_SIZE, flags) }
+    }
+
     /// Empties the LRU batches of the CPU that this runs on: `MADV_COLD` begins with `lru_add_drain()`
     /// (mm/madvise.c, `madvise_cold()`). To be called on a mapping whose pages were never touched, where it does no more.
     ///
@@ -209,6 +327,32 @@ mod tests {
         assert!(mapping.span(2..2).is_none());
         assert!(mapping.span(2..4).is_none());
         assert_eq!(mapping.span(1..3).map(|s| s.address()), Some(mapping.address(1)));
+    }
+
+    #[test]
+    fn blocks_are_aligned_and_one_vma() {
+        let Ok(mapping) = Mapping::<AtomicU64>::blocks(2, true) else {
+            println!("skipped: no transparent huge pages here");
+            return;
+        };
+        assert_eq!(mapping.address(0) % (BLOCK_PAGES * PAGE_SIZE) as u64, 0);
+        mapping.page(2 * BLOCK_PAGES - 1)[0].store(1, Relaxed);
+        let maps = std::fs::read_to_string("/proc/self/maps").expect("maps");
+        let vma = format!("{:x}-{:x} rw-p", mapping.address(0), mapping.address(2 * BLOCK_PAGES));
+        assert!(maps.contains(&vma), "no VMA {vma} in:\n{maps}");
+    }
+
+    #[test]
+    fn relocated_pages_keep_their_contents_at_other_addresses() {
+        let mapping: Mapping = Mapping::private(2).expect("mmap");
+        mapping.page(1)[3].store(7, Relaxed);
+        let old = mapping.address(0);
+        let moved = mapping.relocate().expect("mremap");
+        assert_ne!(moved.address(0), old);
+        assert_eq!((moved.pages(), moved.page(1)[3].load(Relaxed)), (2, 7));
+        moved.protect(0..2, false).expect("mprotect");
+        moved.protect(0..2, true).expect("mprotect");
+        moved.page(0)[0].store(1, Relaxed);
     }
 
     #[test]

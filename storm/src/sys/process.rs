@@ -31,6 +31,20 @@ pub(crate) fn fork(run: impl FnOnce() -> i32) -> io::Result<Pid> {
     Pid::from_raw(pid).filter(|_| pid > 0).ok_or_else(io::Error::last_os_error)
 }
 
+/// Gives the calling thread a real-time priority (`SCHED_FIFO`, the lowest of them): no ordinary task, the kernel's
+/// workers among them, takes the CPU from it.
+///
+/// # Errors
+/// Of `sched_setscheduler`: `EPERM` without the privilege.
+pub(crate) fn run_real_time() -> io::Result<()> {
+    let priority = libc::sched_param { sched_priority: 1 };
+    // SAFETY: the structure is initialised and outlives the call; 0 is the calling thread.
+    match unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const priority) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 fn signal_set(signals: &[Signal]) -> libc::sigset_t {
     let mut set = MaybeUninit::uninit();
     // SAFETY: the pointer is to a set, which this initialises.

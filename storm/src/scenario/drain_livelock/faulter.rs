@@ -11,6 +11,7 @@ use crate::rng::Rng;
 use crate::scenario::WorkError;
 use crate::scenario::gate::{END, Gate};
 use crate::sys::memory::Mapping;
+use crate::sys::process::run_real_time;
 
 /// What a faulter does at a stage; see [`stage`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,6 +69,9 @@ impl Faulter<'_> {
         self.slot.enter(&format!("faulter{}", self.number));
         pin(self.scenario.faulter_cpu(self.number))
             .map_err(WorkError::system("sched_setaffinity of a faulter"))?;
+        if self.scenario.real_time {
+            run_real_time().map_err(WorkError::system("sched_setscheduler(SCHED_FIFO) of a faulter"))?;
+        }
         let reader = Reading::new(self)?;
         let mut rng = Rng::new(self.seed, self.crew << 8 | (self.number as u64 + 1));
         let mut last = 0;

@@ -14,6 +14,7 @@ use crate::machine::pin;
 use crate::oracle::Stamp;
 use crate::rng::Rng;
 use crate::scenario::gate::{END, Gate};
+use crate::scenario::real_time::Unthrottled;
 use crate::scenario::{Context, WorkError};
 use crate::sys::memory::{Mapping, PageSpan};
 use crate::sys::process::fork;
@@ -28,6 +29,7 @@ pub(super) fn run(scenario: &DrainLivelock, context: &Context<'_>) -> Result<(),
     pin(MIGRATOR_CPU).map_err(WorkError::system("sched_setaffinity of the migrator"))?;
     let slot = context.board.slot(0);
     slot.enter("migrator");
+    let _unthrottled = scenario.real_time.then(Unthrottled::new).transpose()?;
     let page = |pages| Mapping::private(pages).map_err(WorkError::system("mmap of the range"));
     let migrator = Migrator {
         scenario,

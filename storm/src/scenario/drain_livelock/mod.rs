@@ -20,7 +20,7 @@ use std::ops::Range;
 
 use crate::machine::Machine;
 use crate::scenario::definition::Parameters;
-use crate::scenario::{Context, ScenarioError, Stopped, Workload};
+use crate::scenario::{Context, ScenarioError, Stopped, Workload, idle};
 
 /// GPU whose memory holds the device pages.
 const HOLDER: usize = 0;
@@ -57,6 +57,8 @@ pub(crate) struct DrainLivelock {
     /// Faulters are threads: device folios have one mapping.
     threads: bool,
     drained: bool,
+    /// Faulters run under `SCHED_FIFO`.
+    real_time: bool,
     fork_every: u64,
     lead: u64,
     jitter: u64,
@@ -98,6 +100,7 @@ impl DrainLivelock {
             },
             threads: parameters.integer("mapcount") == 1,
             drained,
+            real_time: parameters.choice("sched") == "fifo",
             fork_every: parameters.integer("fork_every"),
             lead: parameters.integer("lead"),
             jitter: parameters.integer("jitter"),
@@ -166,13 +169,6 @@ impl Workload for DrainLivelock {
             error.post(context.board.slot(0));
             Stopped
         })
-    }
-}
-
-/// Runs an empty loop `turns` times: a delay that depends on nothing but the machine's instructions.
-fn idle(turns: u64) {
-    for turn in 0..turns {
-        std::hint::black_box(turn);
     }
 }
 
