@@ -98,14 +98,6 @@ pub(crate) enum WorkError {
         /// Why.
         source: std::io::Error,
     },
-    /// The kernel's word on memory is wrong.
-    #[error("{name}: {detail}")]
-    Invariant {
-        /// Which word.
-        name: &'static str,
-        /// What it should be, and is.
-        detail: String,
-    },
     /// The scenario's conditions cannot be met or did not hold.
     #[error("{0}")]
     Condition(String),

@@ -1,5 +1,7 @@
 //! `hmmstorm list`: what there is to choose from, read from the data files.
 
+mod markdown;
+
 use std::fs;
 use std::path::Path;
 
@@ -19,6 +21,9 @@ pub struct Args {
     /// Print JSON: an array of objects with `name` and `about`
     #[arg(long)]
     json: bool,
+    /// Print all about the scenarios as Markdown: docs/scenarios.md
+    #[arg(long, conflicts_with = "json")]
+    markdown: bool,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -46,6 +51,13 @@ pub struct Entry {
 
 /// Runs the command.
 pub fn run(args: Args, ctx: &Context) -> Result<Outcome, Error> {
+    if args.markdown {
+        if !matches!(args.what, What::Scenarios) {
+            return Err(Error::usage("--markdown is for `hmmstorm list scenarios`"));
+        }
+        print!("{}", markdown::page(&ctx.repo.join("storm/scenarios"))?);
+        return Ok(Outcome::Pass);
+    }
     let entries = match args.what {
         What::Profiles => profiles(&ctx.repo.join("qemu-config"))?,
         What::Scenarios => scenarios(&ctx.repo.join("storm/scenarios"))?,
