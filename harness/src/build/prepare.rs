@@ -253,7 +253,7 @@ impl Builder {
         }
         let source = match &request.tree {
             Some(dir) => Source::tree(dir)?,
-            None => Source::Pinned(kernel.clone()),
+            None => Source::Pinned(Box::new(kernel.clone())),
         };
         Ok(Recipe { source, kernel, flavour, variant, patches, fragments })
     }

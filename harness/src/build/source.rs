@@ -23,7 +23,7 @@ use super::{BuildError, Cache, Progress, hash};
 #[derive(Clone, Debug)]
 pub(super) enum Source {
     /// A tarball that `images/kernels.toml` pins.
-    Pinned(Kernel),
+    Pinned(Box<Kernel>),
     /// A folder of the user's; never written to.
     Tree(PathBuf),
 }
