@@ -38,7 +38,7 @@ fn a_wrong_command_line_is_exit_code_2_with_a_reason() {
         (&["rum"][..], "rum"),
         (&["run", "--memory", "12"][..], "'12' is no size"),
         (&["run", "--cpus", "0"][..], "0 is not in"),
-        (&["run", "--profile", "smok"][..], "no machine profile 'smok'; there are: smoke"),
+        (&["run", "--profile", "smok"][..], "no machine profile 'smok'; there are: selftest, smoke"),
         (&["run", "--deterministic", "--accel", "kvm"][..], "--deterministic"),
         (&["run", "--gpus", "0", "--chaos", "dead=true"][..], "--chaos needs a GPU"),
         (&["run", "--variant", "x", "--image", "y"][..], "cannot be used with"),

@@ -281,8 +281,8 @@ mod tests {
     fn figures_compare_the_two_drivers() {
         let name = "sys-to-dev/2048K/2M";
         let samples = [
-            sample(OURS, 0, name, 0.6),
-            sample(STOCK, 0, name, 0.2),
+            sample(OURS, 0, name, 0.75),
+            sample(STOCK, 0, name, 0.25),
             sample(STOCK, 1, name, 0.3),
             sample(OURS, 1, name, 0.6),
             sample(OURS, 2, name, 0.9),

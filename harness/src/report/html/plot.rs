@@ -74,7 +74,9 @@ fn text(size: u32) -> TextStyle<'static> {
 pub(super) fn latency(lines: &[Line]) -> Result<String, Error> {
     let values = || lines.iter().flat_map(|line| &line.points);
     let nines = values().map(|point| point.0).fold(3.0, f64::max);
-    let low = values().map(|point| point.1).fold(f64::INFINITY, f64::min).max(1.0);
+    let low = values().map(|point| point.1).fold(f64::INFINITY, f64::min);
+    // Without values there is no least one, and plotters never comes to the end of an infinite axis.
+    let low = if low.is_finite() { low.max(1.0) } else { 1.0 };
     let high = values().map(|point| point.1).fold(low, f64::max);
     // Whole decades, so that at least two labels stand on the axis.
     let (low, high) =
