@@ -132,8 +132,12 @@ mod tests {
                 let path = pins().repo.join("images/variants").join(file);
                 let text = std::fs::read_to_string(&path).expect("patch");
                 // A candidate names the mail that it comes from, the cure of a known bug the case that shows it.
-                let origin = if file.starts_with("known-bugs") { "bug=" } else { "linux.intel.com>" };
-                for part in ["\nSubject: [PATCH] mm", "\nExpected", origin, "\nSigned-off-by: "] {
+                let (subject, origin) = if file.starts_with("known-bugs") {
+                    ("\nSubject: [PATCH] ", "bug=")
+                } else {
+                    ("\nSubject: [PATCH] mm", "linux.intel.com>")
+                };
+                for part in [subject, "\nExpected", origin, "\nSigned-off-by: "] {
                     assert!(text.contains(part), "{} lacks {part:?}", path.display());
                 }
             }
