@@ -34,6 +34,8 @@ pub struct CpuRegisters {
     pub cpl: u8,
     /// The CPU waits for an interrupt.
     pub halted: bool,
+    /// Digest of what the general registers hold.
+    pub values: u64,
 }
 
 /// How a sampler sees into a guest.
@@ -69,6 +71,8 @@ pub struct Sample {
     pub mode: Mode,
     /// Its instruction pointer.
     pub ip: u64,
+    /// Digest of what its general registers hold.
+    pub values: u64,
     /// Its kernel stack, leaf first; empty unless in kernel mode.
     pub stack: Vec<Frame>,
     /// The stack reaches its root.
@@ -124,7 +128,14 @@ impl Sampler {
             let stack = walked.addresses.iter().map(|&address| self.symbols.frame(address)).collect();
             self.push(
                 registers.cpu,
-                Sample { at, mode, ip: registers.rip, stack, complete: walked.complete },
+                Sample {
+                    at,
+                    mode,
+                    ip: registers.rip,
+                    values: registers.values,
+                    stack,
+                    complete: walked.complete,
+                },
             );
         }
         Ok(())
@@ -204,6 +215,7 @@ mod tests {
             rbp: base + 0x3f00,
             cpl,
             halted,
+            values: 0,
         };
         let mut probe = Fixed(vec![at(0, 0, true), at(1, 3, false), at(2, 0, false)], memory, base);
         let mut sampler =
@@ -227,6 +239,7 @@ mod tests {
                     at: Duration::from_millis(n),
                     mode: Mode::User,
                     ip: 0,
+                    values: 0,
                     stack: Vec::new(),
                     complete: true,
                 },

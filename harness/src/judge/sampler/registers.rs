@@ -1,6 +1,14 @@
 //! Reads what QEMU's monitor prints for `info registers -a`.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
+
 use super::CpuRegisters;
+
+/// The general registers, but for stack and frame pointer: what a loop that stays at one address still changes.
+const GENERAL: [&str; 14] = [
+    "RAX=", "RBX=", "RCX=", "RDX=", "RSI=", "RDI=", "R8 =", "R9 =", "R10=", "R11=", "R12=", "R13=", "R14=",
+    "R15=",
+];
 
 /// One entry a CPU that was printed whole; what is not understood is left out.
 #[must_use]
@@ -23,7 +31,17 @@ fn block(text: &str) -> Option<CpuRegisters> {
         rbp: hex("RBP=")?,
         cpl: u8::try_from(hex("CPL=")?).ok()?,
         halted: hex("HLT=")? != 0,
+        values: values(text),
     })
+}
+
+fn values(text: &str) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    for name in GENERAL {
+        let value = text.split_once(name).map(|(_, rest)| rest.split_whitespace().next());
+        value.hash(&mut hasher);
+    }
+    hasher.finish()
 }
 
 #[cfg(test)]
@@ -48,7 +66,13 @@ RIP=000000000044061b RFL=00000246 [---Z-P-] CPL=3 II=0 A20=1 SMM=0 HLT=0\r
     fn two_cpus() {
         let cpus = parse(TWO);
         assert_eq!(cpus.len(), 2);
+        assert_ne!(
+            cpus[0].values,
+            parse(&TWO.replacen("RDX=0000000000000037", "RDX=0000000000000038", 1))[0].values
+        );
+        assert_eq!(cpus[0].values, cpus[1].values);
         let idle = CpuRegisters {
+            values: cpus[0].values,
             cpu: 0,
             rip: 0xffff_ffff_8163_b8b3,
             rsp: 0xffff_ffff_81a0_3e60,

@@ -55,8 +55,12 @@ pub struct CpuSummary {
     pub torn: usize,
     /// Whole windows in which enough samples have it, in a row up to the last sample.
     pub windows: usize,
-    /// Distinct instruction pointers: 1 means that the CPU did not move at all.
+    /// Distinct instruction pointers.
     pub distinct_ips: usize,
+    /// Distinct contents of instruction pointer and general registers: 1 means that the CPU did not move at all. A loop
+    /// around `pause` is seen at one address only: the emulator lets the monitor in there and nowhere else.
+    #[serde(default)]
+    pub distinct_states: usize,
     /// Functions just above the trunk or deeper, by the number of samples that they were seen in, most frequent first.
     pub above: Vec<(String, usize)>,
     /// Spins in one kernel call tree by the rules.
@@ -82,6 +86,10 @@ impl CpuSummary {
         ips.sort_unstable();
         ips.dedup();
         summary.distinct_ips = ips.len();
+        let mut states: Vec<(u64, u64)> = recent.iter().map(|sample| (sample.ip, sample.values)).collect();
+        states.sort_unstable();
+        states.dedup();
+        summary.distinct_states = states.len();
 
         // The trunk goes on only where nearly all agree: one that is as long as the share just allows would fall below it
         // with the next sample.
@@ -111,10 +119,11 @@ impl CpuSummary {
         summary
     }
 
-    /// The CPU executes: its instruction pointer moved. A stopped emulator looks like the tightest of loops.
+    /// The CPU executes: its instruction pointer or its registers changed. A stopped emulator looks like the tightest of
+    /// loops.
     #[must_use]
     pub fn advances(&self) -> bool {
-        self.distinct_ips > 1
+        self.distinct_ips > 1 || self.distinct_states > 1
     }
 }
 
@@ -211,11 +220,11 @@ mod tests {
             interrupt: false,
         };
         let stack = ENTRY.iter().chain(functions).rev().map(frame).collect();
-        Sample { at: Duration::ZERO, mode: Mode::Kernel, ip, stack, complete: true }
+        Sample { at: Duration::ZERO, mode: Mode::Kernel, ip, values: 0, stack, complete: true }
     }
 
     fn other(mode: Mode) -> Sample {
-        Sample { at: Duration::ZERO, mode, ip: 7, stack: Vec::new(), complete: true }
+        Sample { at: Duration::ZERO, mode, ip: 7, values: 0, stack: Vec::new(), complete: true }
     }
 
     fn summary(samples: &[Sample]) -> CpuSummary {
@@ -266,6 +275,13 @@ mod tests {
     fn too_few_samples_prove_nothing() {
         let samples: Vec<Sample> = (0..14).map(spin).collect();
         assert!(!summary(&samples).spins);
+    }
+
+    #[test]
+    fn a_loop_at_one_address_advances_by_its_registers() {
+        let samples: Vec<Sample> = (0..20).map(|n| Sample { values: n, ..spin(1) }).collect();
+        let summary = summary(&samples);
+        assert!(summary.spins && summary.advances() && summary.distinct_ips == 1, "{summary:#?}");
     }
 
     #[test]

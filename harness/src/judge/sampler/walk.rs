@@ -215,7 +215,7 @@ mod tests {
     }
 
     fn walk_from(bytes: &[u8], into: Option<u64>, rip: u64, rsp: u64, rbp: u64) -> (Walk, usize) {
-        let registers = CpuRegisters { cpu: 0, rip, rsp, rbp, cpl: 0, halted: false };
+        let registers = CpuRegisters { cpu: 0, rip, rsp, rbp, cpl: 0, halted: false, values: 0 };
         let mut reads = 0;
         let walk = walk(
             &registers,

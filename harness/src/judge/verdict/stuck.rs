@@ -320,12 +320,13 @@ fn samples(cpu: &CpuSummary, weight: Weight) -> Evidence {
     let says = if cpu.spins {
         let trunk = from_loop(&cpu.trunk);
         format!(
-            "CPU {}: {} of {} samples in {}, at {} addresses",
+            "CPU {}: {} of {} samples in {}, at {} addresses with {} contents of the registers",
             cpu.cpu,
             cpu.in_tree,
             cpu.judged - cpu.torn,
             chain(&trunk, 4),
-            cpu.distinct_ips
+            cpu.distinct_ips,
+            cpu.distinct_states
         )
     } else {
         format!(
