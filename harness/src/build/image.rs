@@ -67,8 +67,19 @@ pub struct AppliedPatch {
     pub sha256: String,
 }
 
-/// Folder beside `image.json` with the texts of its patches, `NNNN.patch` in order of application.
-pub(super) const PATCHES: &str = "patches";
+/// Folder beside the initramfs with the texts of its kernel's patches, `NNNN.patch` in order of application.
+const PATCHES: &str = "patches";
+
+/// Writes the texts of an image's patches to its folder, for [`Image::patches`].
+pub(super) fn write_patches<'a>(dir: &Path, texts: impl Iterator<Item = &'a [u8]>) -> Result<(), BuildError> {
+    let folder = dir.join(PATCHES);
+    fs::create_dir(&folder).on("create", &folder)?;
+    for (number, text) in texts.enumerate() {
+        let file = folder.join(format!("{number:04}.patch"));
+        fs::write(&file, text).on("write", &file)?;
+    }
+    Ok(())
+}
 
 impl Image {
     /// Its patches with their texts, in order of application.

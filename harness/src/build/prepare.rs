@@ -11,7 +11,7 @@ use super::image::{self, AppliedPatch, Image, Provenance};
 use super::initramfs::{self, Content};
 use super::kernel::{Built, LiveTree, Recipe, strip};
 use super::module::{self, DRIVER};
-use super::patches::{self, UserPatch};
+use super::patches::{self, Patch, UserPatch};
 use super::pins::{self, Kernel, Part, Selftest};
 use super::process::{Job, guarded};
 use super::progress::Unit;
@@ -122,13 +122,15 @@ impl Builder {
         let base = self.prepare(&request)?;
         let mut image = Image::load(&base)?;
         let programs = self.selftests(&request)?;
-        let mut key = Key::new("image-selftests-1").with("base", base.as_os_str().as_encoded_bytes());
+        let mut key = Key::new("image-selftests-2").with("base", base.as_os_str().as_encoded_bytes());
         for (path, program) in &programs {
             key = key.with(path, program.as_os_str().as_encoded_bytes());
         }
         let name = base.parent().and_then(Path::file_name).unwrap_or_default().to_string_lossy();
         let dest = self.cache.path("images").join(format!("{name}-selftests-{}", key.short()));
+        let texts = image.patches()?;
         self.cache.publish(&dest, |dir| {
+            image::write_patches(dir, texts.iter().map(|(_, text)| text.as_slice()))?;
             initramfs::extend(&image.initramfs, &programs, &dir.join("initramfs.cpio.gz"))
         })?;
         image.initramfs = dest.join("initramfs.cpio.gz");
@@ -313,12 +315,7 @@ impl Builder {
                 Content { part: Part::Storm, name: "storm".into(), file: program },
                 Content { part: Part::Busybox, name: "busybox".into(), file: busybox.to_owned() },
             ];
-            let texts = dir.join(image::PATCHES);
-            fs::create_dir(&texts).on("create", &texts)?;
-            for (number, patch) in recipe.patches.iter().enumerate() {
-                let file = texts.join(format!("{number:04}.patch"));
-                fs::write(&file, patch.text()).on("write", &file)?;
-            }
+            image::write_patches(dir, recipe.patches.iter().map(Patch::text))?;
             let folder = dir.join("modules");
             fs::create_dir(&folder).on("create", &folder)?;
             for (name, file) in &modules {
