@@ -30,6 +30,13 @@ fn count_cpus(list: &str) -> usize {
     list.trim().split(',').filter_map(count).sum()
 }
 
+/// `MemTotal` of `/proc/meminfo`, in bytes.
+pub(crate) fn total_memory() -> Option<u64> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    line.split_ascii_whitespace().next()?.parse::<u64>().ok().map(|kib| kib << 10)
+}
+
 /// Pins the calling thread to CPU `cpu`.
 ///
 /// # Errors
@@ -62,6 +69,11 @@ mod tests {
         assert_eq!(count_cpus("0-3\n"), 4);
         assert_eq!(count_cpus("0-1,4,6-7\n"), 5);
         assert_eq!(count_cpus(""), 0);
+    }
+
+    #[test]
+    fn there_is_memory() {
+        assert!(total_memory().is_some_and(|bytes| bytes > 1 << 20));
     }
 
     #[test]

@@ -1,6 +1,5 @@
 //! `evict-pressure`: more memory on the device than it has.
 
-use std::fs;
 use std::thread;
 
 use hmmstorm_abi::uapi::{PAGE_SIZE, SELECT_SYSTEM};
@@ -9,7 +8,7 @@ use super::definition::Parameters;
 use super::{Context, Stopped, WorkError, Workload};
 use crate::board::Slot;
 use crate::gpu::{Gpu, Owner};
-use crate::machine::{Machine, pin};
+use crate::machine::{Machine, pin, total_memory};
 use crate::oracle::Stamp;
 use crate::rng::Rng;
 use crate::sys::memory::{Mapping, PageSpan};
@@ -83,13 +82,6 @@ impl EvictPressure {
             _ => Ok(()),
         }
     }
-}
-
-/// `MemTotal` in bytes.
-fn total_memory() -> Option<u64> {
-    let text = fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
-    line.split_ascii_whitespace().next()?.parse::<u64>().ok().map(|kib| kib << 10)
 }
 
 impl Workload for EvictPressure {

@@ -1,6 +1,5 @@
 //! `svm`: CPU and GPU work on the same memory, by address.
 
-use std::fs;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::thread;
 
@@ -11,7 +10,7 @@ use super::definition::Parameters;
 use super::{Context, Stopped, WorkError, Workload};
 use crate::board::Slot;
 use crate::gpu::Gpu;
-use crate::machine::{Machine, pin};
+use crate::machine::{Machine, pin, total_memory};
 use crate::rng::Rng;
 use crate::sys::memory::{Mapping, PageSpan};
 
@@ -126,13 +125,6 @@ impl Svm {
             None => Ok(()),
         }
     }
-}
-
-/// `MemTotal` in bytes.
-fn total_memory() -> Option<u64> {
-    let text = fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
-    line.split_ascii_whitespace().next()?.parse::<u64>().ok().map(|kib| kib << 10)
 }
 
 impl Workload for Svm {
