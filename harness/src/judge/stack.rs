@@ -162,6 +162,21 @@ pub fn is_waiting_primitive(function: &str) -> bool {
     PREFIXES.iter().any(|prefix| function.starts_with(prefix))
 }
 
+/// Frames of a CPU that busily waits for an answer or a lock of another CPU: its loop is that CPU's fault.
+#[must_use]
+pub fn waits_for_another_cpu(function: &str) -> bool {
+    const EXACT: [&str; 7] = [
+        "smp_call_function_many_cond",
+        "smp_call_function_single",
+        "csd_lock_wait",
+        "__csd_lock_wait",
+        "multi_cpu_stop",
+        "native_queued_spin_lock_slowpath",
+        "queued_spin_lock_slowpath",
+    ];
+    EXACT.contains(&base_name(function))
+}
+
 /// Reliable task frames of a stack, leaf first, without interrupts.
 pub fn task_frames(stack: &[Frame]) -> impl DoubleEndedIterator<Item = &Frame> {
     stack.iter().filter(|frame| frame.reliable && !frame.interrupt)

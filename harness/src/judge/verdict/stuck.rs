@@ -7,7 +7,7 @@ use super::state::State;
 use super::types::{Evidence, Judgement, Limits, Source, Verdict, Weight};
 use crate::judge::console::{Class, Finding, Kind};
 use crate::judge::sampler::CpuSummary;
-use crate::judge::stack::{chain, contains, from_loop, is_entry, stable};
+use crate::judge::stack::{chain, contains, from_loop, is_entry, stable, waits_for_another_cpu};
 
 /// What a run without completions looks like.
 #[derive(Clone, Debug)]
@@ -149,13 +149,9 @@ fn livelock(state: &State, spinning: &[&CpuSummary], for_long: &str, mut evidenc
         let says = "no CPU moved between two samples: the emulator stands still, not the kernel";
         evidence.push(Evidence::new(Source::Samples, Weight::Against, says));
     }
-    let spinners: Vec<u32> = advancing.iter().map(|cpu| cpu.cpu).collect();
+    let moving: Vec<u32> = advancing.iter().map(|cpu| cpu.cpu).collect();
     evidence.extend(
-        state
-            .summaries
-            .iter()
-            .filter(|cpu| !spinners.contains(&cpu.cpu))
-            .map(|cpu| samples(cpu, Weight::Note)),
+        state.summaries.iter().filter(|cpu| !moving.contains(&cpu.cpu)).map(|cpu| samples(cpu, Weight::Note)),
     );
     let mut agrees = false;
     for finding in state.since_stall().filter(|finding| finding.class() == Class::Detector) {
@@ -167,8 +163,14 @@ fn livelock(state: &State, spinning: &[&CpuSummary], for_long: &str, mut evidenc
         let says = "the kernel's own detectors say nothing of these CPUs";
         evidence.push(Evidence::new(Source::Console, Weight::Missing, says));
     }
-    let frames = common_frames(&advancing);
+    let (looping, waiting) = culprits(&advancing);
+    evidence.extend(waiting.iter().map(|cpu| {
+        let says = format!("CPU {} is in no loop of its own: it waits for another CPU", cpu.cpu);
+        Evidence::new(Source::Samples, Weight::Note, says)
+    }));
+    let frames = loop_frames(&looping);
     let loops = chain(&frames, 3);
+    let spinners: Vec<u32> = looping.iter().map(|cpu| cpu.cpu).collect();
     let cpus: Vec<String> = spinners.iter().map(u32::to_string).collect();
     Stuck {
         looks_like: Verdict::Livelock,
@@ -181,6 +183,14 @@ fn livelock(state: &State, spinning: &[&CpuSummary], for_long: &str, mut evidenc
         spinners,
         evidence,
     }
+}
+
+/// The spinning CPUs that loop of themselves, and those that only wait for an answer or a lock of another: an IPI to a CPU
+/// with its interrupts off makes two CPUs spin, and one of them is to blame. All of them, if all wait.
+fn culprits<'a>(spinning: &[&'a CpuSummary]) -> (Vec<&'a CpuSummary>, Vec<&'a CpuSummary>) {
+    let waits = |cpu: &&CpuSummary| from_loop(&cpu.trunk).iter().any(|frame| waits_for_another_cpu(frame));
+    let (waiting, looping): (Vec<_>, Vec<_>) = spinning.iter().copied().partition(waits);
+    if looping.is_empty() { (waiting, Vec::new()) } else { (looping, waiting) }
 }
 
 /// Whether a report of the kernel speaks of one of the spinning CPUs, and of the loop seen there.
@@ -236,7 +246,30 @@ fn waiters(state: &State) -> Vec<String> {
         .unwrap_or_default()
 }
 
-/// The frames that name the loop: from the known loop on, or what all spinning CPUs have in common.
+/// The frames that name the loop: what all spinning CPUs have in common. If they have nothing in common, what most of
+/// them have, or the first of them: a finding without a name is none.
+fn loop_frames(spinning: &[&CpuSummary]) -> Vec<String> {
+    let common = common_frames(spinning);
+    if !common.is_empty() {
+        return common;
+    }
+    let outermost = |cpu: &CpuSummary| named(&cpu.trunk).last().cloned();
+    let share = |cpu: &CpuSummary| spinning.iter().filter(|other| outermost(other) == outermost(cpu)).count();
+    let Some(first) = spinning.iter().rev().max_by_key(|cpu| share(cpu)) else { return Vec::new() };
+    let alike: Vec<&CpuSummary> =
+        spinning.iter().copied().filter(|cpu| outermost(cpu) == outermost(first)).collect();
+    common_frames(&alike)
+}
+
+/// The functions of the loop that have the same name in the next boot, leaf first: no address of a module that nobody
+/// told of.
+fn named(functions: &[String]) -> Vec<String> {
+    let mut frames = from_loop(functions);
+    frames.retain(|function| !function.starts_with("0x"));
+    frames
+}
+
+/// From the known loop on, what all these CPUs have in common.
 fn common_frames(spinning: &[&CpuSummary]) -> Vec<String> {
     let Some(first) = spinning.first() else { return Vec::new() };
     let roots = |cpu: &CpuSummary| cpu.trunk.iter().rev().cloned().collect::<Vec<String>>();
@@ -246,9 +279,7 @@ fn common_frames(spinning: &[&CpuSummary]) -> Vec<String> {
         common.truncate(agreed);
     }
     common.reverse();
-    // An address without a name, of a module that nobody told of, is another one in the next boot.
-    common.retain(|function| !function.starts_with("0x"));
-    let mut frames = from_loop(&common);
+    let mut frames = named(&common);
     frames.truncate(3);
     frames
 }

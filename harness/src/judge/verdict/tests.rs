@@ -260,6 +260,56 @@ fn livelock_needs_all_of_it() {
     );
 }
 
+fn in_tree(cpu: u32, trunk: &[&str]) -> CpuSummary {
+    CpuSummary { trunk: trunk.iter().map(|&function| function.to_owned()).collect(), ..spinning(cpu) }
+}
+
+/// A CPU with its interrupts off answers no IPI, and whoever sent one spins as well.
+#[test]
+fn a_cpu_that_waits_for_the_spinner_is_not_to_blame() {
+    let victim = in_tree(0, &["smp_call_function_many_cond", "on_each_cpu_cond_mask", "__x64_sys_munmap"]);
+    let culprit =
+        in_tree(1, &["delay_tsc", "0xffffffffa0028124", "do_one_initcall", "__x64_sys_init_module"]);
+    for other in [idle(2), in_tree(2, &["native_queued_spin_lock_slowpath", "_raw_spin_lock", "do_exit"])] {
+        let mut run = Run::new(limits());
+        run.stall().samples(&[victim.clone(), culprit.clone(), other]).workqueue_lockup(1);
+        run.at(17.5).beat();
+        let judgement = run.decide().expect("a judgement");
+        assert_eq!(judgement.verdict, Verdict::Livelock, "{judgement:#?}");
+        assert_eq!(judgement.spinners, [1]);
+        assert_eq!(judgement.frames, ["delay_tsc", "do_one_initcall"]);
+    }
+}
+
+#[test]
+fn loops_with_nothing_in_common_still_have_a_name() {
+    let mut run = Run::new(limits());
+    let [one, two] = [1, 2].map(|cpu| in_tree(cpu, &["walk_page_range", "hmm_range_fault", "hsgpu_access"]));
+    let other = in_tree(0, &["delay_tsc", "do_one_initcall", "__x64_sys_init_module"]);
+    run.stall().samples(&[other, one, two]).workqueue_lockup(1);
+    run.at(17.5).beat();
+    let judgement = run.decide().expect("a judgement");
+    assert_eq!((judgement.verdict, judgement.spinners.len()), (Verdict::Livelock, 3), "{judgement:#?}");
+    assert_eq!(judgement.frames, ["hmm_range_fault", "hsgpu_access"], "what most of them have");
+}
+
+/// Everybody waits for a lock that nobody gives back: the waiting is the loop.
+#[test]
+fn waiting_alone_is_a_loop() {
+    let mut run = Run::new(limits());
+    let [one, two] = [1, 2]
+        .map(|cpu| in_tree(cpu, &["native_queued_spin_lock_slowpath", "_raw_spin_lock", "hmm_vma_fault"]));
+    run.stall().samples(&[idle(0), one, two]).workqueue_lockup(1);
+    run.at(17.5).beat();
+    let judgement = run.decide().expect("a judgement");
+    assert_eq!(
+        (judgement.verdict, &judgement.spinners[..]),
+        (Verdict::Livelock, &[1, 2][..]),
+        "{judgement:#?}"
+    );
+    assert_eq!(judgement.frames.last().map(String::as_str), Some("hmm_vma_fault"));
+}
+
 #[test]
 fn a_silent_detector_is_waited_for_only_so_long() {
     let mut run = Run::new(limits());
