@@ -45,13 +45,13 @@ impl Distribution {
     }
 }
 
-/// The packages that this host lacks, by the names of its distribution.
-pub fn missing(needs: &HostPackages, distribution: &Distribution) -> Vec<String> {
+/// The packages that this host lacks, by the names of its distribution; with those for LLVM if `llvm`.
+pub fn missing(needs: &HostPackages, distribution: &Distribution, llvm: bool) -> Vec<String> {
     let release = format!("{}-{}", distribution.id, distribution.version);
     needs
         .need
         .iter()
-        .filter(|need| !is_met(need))
+        .filter(|need| (llvm || !need.llvm) && !is_met(need))
         .map(|need| need.releases.get(&release).unwrap_or(&need.package).clone())
         .collect()
 }
@@ -99,9 +99,14 @@ fn fits(path: &Path, regex: &regex::Regex) -> bool {
 }
 
 /// Installs what the host lacks when this process may, else says with which one command to do it.
-pub(super) fn require(needs: &HostPackages, cache: &Cache, progress: &Progress) -> Result<(), BuildError> {
+pub(super) fn require(
+    needs: &HostPackages,
+    llvm: bool,
+    cache: &Cache,
+    progress: &Progress,
+) -> Result<(), BuildError> {
     let distribution = Distribution::of_host();
-    let packages = missing(needs, &distribution);
+    let packages = missing(needs, &distribution, llvm);
     if packages.is_empty() {
         return Ok(());
     }
@@ -131,7 +136,7 @@ pub(super) fn require(needs: &HostPackages, cache: &Cache, progress: &Progress) 
         job.run(command, |_| (), || step.tick())?;
     }
     step.done();
-    let still = missing(needs, &distribution);
+    let still = missing(needs, &distribution, llvm);
     if still.is_empty() {
         return Ok(());
     }
@@ -164,10 +169,20 @@ mod tests {
             missing(
                 &needs,
                 &Distribution { id: "debian".into(), version: version.into(), is_debian_like: true },
+                false,
             )
         };
         assert_eq!(on("12"), ["libclang-19-dev"]);
         assert_eq!(on("13"), ["libclang-dev"]);
+    }
+
+    #[test]
+    fn what_only_llvm_needs_is_asked_for_with_it() {
+        let needs: HostPackages =
+            toml::from_str("[[need]]\ncommands = ['no-such-clang']\npackage = 'clang'\nllvm = true\n")
+                .expect("toml");
+        assert_eq!(missing(&needs, &Distribution::default(), true), ["clang"]);
+        assert!(missing(&needs, &Distribution::default(), false).is_empty());
     }
 
     #[test]

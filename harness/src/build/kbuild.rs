@@ -81,6 +81,10 @@ impl Kbuild<'_> {
             .arg(assignment("BINDGEN", &self.tools.bindgen_program))
             .arg(format!("-j{}", jobs()))
             .args(targets);
+        if let Some(llvm) = &self.tools.llvm {
+            // With the slash at its end it is a folder; else it would be part of the programs' names.
+            command.arg(assignment("LLVM", &llvm.bin.join("")));
+        }
         adjust(&mut command);
         let step = self.progress.step(what, Unit::Steps);
         let mut steps = 0;

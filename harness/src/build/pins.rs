@@ -153,6 +153,9 @@ pub struct Flavour {
     pub summary: String,
     /// Configuration fragments, relative to `images/`, later ones on top.
     pub config: Vec<PathBuf>,
+    /// Built with clang and LLVM's linker in place of gcc and binutils (kbuild's `LLVM=`).
+    #[serde(default)]
+    pub llvm: bool,
 }
 
 /// Fix candidates.
@@ -314,6 +317,9 @@ pub struct Need {
     pub files: Vec<String>,
     /// Debian's and Ubuntu's name of the package that gives it.
     pub package: String,
+    /// Needed by flavours that are built with LLVM alone.
+    #[serde(default)]
+    pub llvm: bool,
     /// The package's name in one release, by `ID-VERSION_ID` of os-release.
     #[serde(flatten)]
     pub releases: BTreeMap<String, String>,

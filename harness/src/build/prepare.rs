@@ -141,7 +141,7 @@ impl Builder {
     fn selftests(&self, request: &Request) -> Result<Vec<(&str, PathBuf)>, BuildError> {
         let Self { pins, cache, progress } = self;
         let recipe = self.recipe(request)?;
-        let tools = KernelTools::find(pins, cache, progress)?;
+        let tools = KernelTools::find(pins, recipe.flavour.llvm, cache, progress)?;
         let tree = LiveTree::open(&recipe, &tools, pins, cache, progress)?;
         let program = |pin: &'_ Selftest| selftests::program(&tree, pin, cache, progress);
         pins.selftests.program.iter().map(|pin| Ok((pin.path.as_str(), program(pin)?))).collect()
@@ -150,7 +150,7 @@ impl Builder {
     /// Builds what is requested, as far as it is not in the cache, and gives the path of its `image.json`.
     pub fn prepare(&self, request: &Request) -> Result<PathBuf, BuildError> {
         let recipe = self.recipe(request)?;
-        let tools = KernelTools::find(&self.pins, &self.cache, &self.progress)?;
+        let tools = KernelTools::find(&self.pins, recipe.flavour.llvm, &self.cache, &self.progress)?;
         let (kernel, driver) = {
             let tree = LiveTree::open(&recipe, &tools, &self.pins, &self.cache, &self.progress)?;
             (tree.kernel()?, module::driver(&tree, &self.pins.repo, &self.cache)?)
@@ -167,7 +167,7 @@ impl Builder {
             source::import_tarball(kernel, file, &self.cache)?;
         }
         let Self { pins, cache, progress } = self;
-        let tools = KernelTools::find(pins, cache, progress)?;
+        let tools = KernelTools::find(pins, false, cache, progress)?;
         progress.note(format_args!(
             "{}\n{} with libclang {}\n{}",
             tools.rustc, tools.bindgen, tools.libclang, tools.cc
@@ -291,7 +291,7 @@ impl Builder {
             storm_sha256: hash::file(storm)?,
             rustc: tools.rustc.clone(),
             bindgen: tools.bindgen.clone(),
-            cc: tools.cc.clone(),
+            cc: tools.kernel_cc().to_owned(),
             libclang: tools.libclang.clone(),
         };
         // The folders of kernel and modules have keys as their names, so their paths stand for their content.

@@ -1,7 +1,7 @@
 //! The programs that run and build a guest: QEMU, rustc with its library's source, bindgen with libclang, the C
 //! compiler. The host's own are used where they are fit.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -137,12 +137,23 @@ pub struct KernelTools {
     pub cc: String,
     /// First line of `ld --version`.
     pub ld: String,
+    /// What builds in their place, if the flavour wants it.
+    pub llvm: Option<Llvm>,
+}
+
+/// A clang with all that belongs to it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Llvm {
+    /// Folder with `clang`, `ld.lld`, `llvm-ar`, … without a version in their names.
+    pub bin: PathBuf,
+    /// First line of `clang --version`.
+    pub clang: String,
 }
 
 impl KernelTools {
-    /// Finds the tools; installs or fetches what is missing.
-    pub fn find(pins: &Pins, cache: &Cache, progress: &Progress) -> Result<Self, BuildError> {
-        host::require(&pins.host, cache, progress)?;
+    /// Finds the tools, those of LLVM too if `llvm`; installs or fetches what is missing.
+    pub fn find(pins: &Pins, llvm: bool, cache: &Cache, progress: &Progress) -> Result<Self, BuildError> {
+        host::require(&pins.host, llvm, cache, progress)?;
         let sysroot = PathBuf::from(rustc(&pins.repo, &["--print", "sysroot"])?);
         let verbose = rustc(&pins.repo, &["-vV"])?;
         let release =
@@ -160,12 +171,20 @@ impl KernelTools {
             libclang,
             cc: first_line("gcc")?,
             ld: first_line("ld")?,
+            llvm: llvm.then(newest_llvm).transpose()?,
         })
+    }
+
+    /// The compiler that builds the kernel's C code, as it says itself.
+    pub fn kernel_cc(&self) -> &str {
+        self.llvm.as_ref().map_or(&self.cc, |llvm| &llvm.clang)
     }
 
     /// All versions, as part of a key.
     pub(super) fn id(&self) -> String {
-        [&self.rustc, &self.bindgen, &self.libclang, &self.cc, &self.ld].map(String::as_str).join("\n")
+        let gnu = [&self.rustc, &self.bindgen, &self.libclang, &self.cc, &self.ld].map(String::as_str);
+        let llvm = self.llvm.iter().map(|llvm| llvm.clang.as_str());
+        gnu.into_iter().chain(llvm).collect::<Vec<_>>().join("\n")
     }
 }
 
@@ -308,17 +327,33 @@ fn libclang(cache: &Cache, bindgen: &Path) -> Result<(PathBuf, String), BuildErr
 }
 
 fn newest_libclang() -> Option<PathBuf> {
+    newest(&["/usr/lib/llvm-*/lib/libclang.so*", "/usr/lib/llvm-*/lib/libclang-[0-9]*.so*"])
+}
+
+/// The newest clang of the distribution that has its linker beside it.
+fn newest_llvm() -> Result<Llvm, BuildError> {
+    let bin = newest(&["/usr/lib/llvm-*/bin/ld.lld"]).filter(|bin| bin.join("clang").is_file());
+    let bin = bin.ok_or_else(|| BuildError::Tool {
+        tool: "clang".into(),
+        reason: "no folder /usr/lib/llvm-*/bin has both clang and ld.lld".into(),
+    })?;
+    let clang = first_line(bin.join("clang"))?;
+    Ok(Llvm { bin, clang })
+}
+
+/// The folder of the newest LLVM with a file that fits one of the patterns.
+fn newest(patterns: &[&str]) -> Option<PathBuf> {
     let number = |dir: &Path| -> Option<u32> {
         dir.parent()?.file_name()?.to_str()?.strip_prefix("llvm-")?.parse().ok()
     };
-    ["/usr/lib/llvm-*/lib/libclang.so*", "/usr/lib/llvm-*/lib/libclang-[0-9]*.so*"]
+    patterns
         .iter()
         .flat_map(|pattern| host::matches(pattern))
         .filter_map(|file| file.parent().map(Path::to_path_buf))
         .max_by_key(|dir| number(dir))
 }
 
-fn first_line(tool: &str) -> Result<String, BuildError> {
+fn first_line(tool: impl AsRef<OsStr>) -> Result<String, BuildError> {
     let said = capture(Command::new(tool).arg("--version").env("LC_ALL", "C"))?;
     Ok(said.lines().next().unwrap_or_default().to_owned())
 }

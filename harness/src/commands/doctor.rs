@@ -143,7 +143,7 @@ fn disk(cache: &Path) -> Result<Finding, Error> {
 }
 
 fn packages(pins: &Pins, distribution: &Distribution) -> Finding {
-    let missing = host::missing(&pins.host, distribution).join(" ");
+    let missing = host::missing(&pins.host, distribution, false).join(" ");
     let what = "packages";
     if missing.is_empty() {
         return Finding::good(what, "all that a kernel build takes");

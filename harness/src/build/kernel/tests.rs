@@ -78,6 +78,7 @@ impl Bench {
             libclang: "1".into(),
             cc: "gcc 1".into(),
             ld: "ld 1".into(),
+            llvm: None,
         };
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("repository");
         let cache = Cache::open(&temp.path().join("cache")).expect("cache");
