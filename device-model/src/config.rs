@@ -46,8 +46,9 @@ pub struct Config {
     #[arg(long, value_enum, default_value_t = Mode::Threaded)]
     pub mode: Mode,
 
-    /// How long an idle channel looks for new work before it asks for a doorbell, in microseconds; threaded mode only.
-    #[arg(long, value_name = "MICROSECONDS", default_value_t = 50, value_parser = clap::value_parser!(u64).range(..=1_000_000))]
+    /// Longest that an idle channel looks for new work before it asks for a doorbell, in microseconds; threaded mode only.
+    /// It gives up sooner once it has waited in vain.
+    #[arg(long, value_name = "MICROSECONDS", default_value_t = 400, value_parser = clap::value_parser!(u64).range(..=1_000_000))]
     pub poll_us: u64,
 
     /// Translations that the TLB of each GPU holds; the fewer, the more walks, and the sooner a stale one is gone.

@@ -22,7 +22,7 @@ pub struct Core {
     pub index: u8,
     /// When work is done.
     pub mode: Mode,
-    /// How long an idle channel looks for work before it sleeps.
+    /// Longest that an idle channel looks for work before it sleeps.
     pub poll: Duration,
     /// The DMA map.
     pub memory: GuestMemory,

@@ -11,8 +11,9 @@
 //! A slot is *armed* with the fence value it waits for before the descriptor is published. Whoever takes that value
 //! back (a compare-and-exchange, so exactly one does) ends the wait: the interrupt handler that saw the fence, a
 //! reset that aborts the job, or the waiter itself, which looks at the fence for [`SPIN`] before it sleeps, and then
-//! every [`STEP_MS`] in case the interrupt was lost. Only the first two complete the completion, and the waiter does not leave before they have, so that it can
-//! be used again.
+//! every [`STEP_MS`] in case the interrupt was lost. Only the first two complete the completion, and the waiter does not
+//! leave before they have, so that it can be used again. The device raises an interrupt only for a waiter that sleeps:
+//! one that has looked long enough asks for it in its fence slot, and looks once more.
 //!
 //! # Locks
 //!
@@ -71,6 +72,7 @@ use crate::{
         Opcode,
         SgEntry,
         Status,
+        FLAG_IRQ,
         RING_ORDER_MAX,
         RING_ORDER_MIN,
         SG_ENTRIES_MAX,
@@ -323,13 +325,19 @@ impl Channel {
         let value = ring.sequence;
         slot.aborted.store(0, Relaxed);
         slot.done.reinit();
+        self.fences.disarm(index);
         // Armed under the lock: a reset finds every job that is in the ring.
         slot.armed.store(value, Release);
 
-        let bell = ring.push(
-            &self.memory,
-            descriptor.with_fence(fence, value, !self.synchronous),
-        );
+        let descriptor = if self.synchronous {
+            descriptor.with_fence(fence, value, false)
+        } else if descriptor.flags & FLAG_IRQ != 0 {
+            // Whoever wants the interrupt whether somebody sleeps or not.
+            descriptor.with_fence(fence, value, true)
+        } else {
+            descriptor.with_armed_fence(fence, value)
+        };
+        let bell = ring.push(&self.memory, descriptor);
         self.stats.submitted.inc();
         if let Some(tail) = bell {
             self.stats.doorbells.inc();
@@ -359,6 +367,9 @@ impl Channel {
         let start = Instant::<Monotonic>::now();
         while self.fences.poll(index, value).is_none() && start.elapsed() < SPIN {
             cpu_relax();
+        }
+        if self.fences.poll(index, value).is_none() {
+            self.fences.arm(index);
         }
         loop {
             if let Some(status) = self.fences.poll(index, value) {

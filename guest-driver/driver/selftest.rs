@@ -16,7 +16,8 @@ use crate::{
     abi::{
         ring::{
             Descriptor,
-            Location, //
+            Location,
+            FLAG_IRQ, //
         },
         uapi::PAGE_SIZE, //
     },
@@ -67,7 +68,13 @@ fn fence(
 
     channel
         .job()
-        .run(regs, Descriptor::NOP)
+        .run(
+            regs,
+            Descriptor {
+                flags: FLAG_IRQ,
+                ..Descriptor::NOP
+            },
+        )
         .inspect_err(|failure| dev_err!(dev, "the first descriptor failed: {:?}\n", failure))?;
     if synchronous {
         return Ok(());

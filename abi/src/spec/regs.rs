@@ -117,7 +117,7 @@ registers! {
 /// Value of [`ID`]: the bytes `HSGP` in memory order.
 pub const ID_MAGIC: u32 = u32::from_le_bytes(*b"HSGP");
 /// Value of [`VERSION`] that this description belongs to.
-pub const INTERFACE_VERSION: u32 = 2 << 16;
+pub const INTERFACE_VERSION: u32 = 2 << 16 | 1;
 
 /// Bit of [`STATUS`]: the device is up and answers.
 pub const STATUS_READY: u32 = 1 << 0;

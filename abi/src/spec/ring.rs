@@ -8,7 +8,8 @@
 //! channel sleeps, i.e. whether `new_tail` moved past the event index that the device left at [`SHADOW_EVENT`]
 //! ([`needs_doorbell`]); only then it writes the trapped doorbell.
 //!
-//! A descriptor completes in this order: its data is in memory, then its fence slot, then (if asked) the interrupt.
+//! A descriptor completes in this order: its data is in memory, then its fence slot, then (if asked) the interrupt. Who
+//! looks at the fence himself for a while asks for the interrupt only when he goes to sleep: see [`FENCE_ARM`].
 
 /// Smallest allowed log2 of ring entries.
 pub const RING_ORDER_MIN: u32 = 4;
@@ -184,6 +185,9 @@ impl Status {
 pub const FLAG_FENCE: u8 = 1 << 0;
 /// Flag of a descriptor: raise the channel's interrupt after the fence.
 pub const FLAG_IRQ: u8 = 1 << 1;
+/// Flag of a descriptor with both of the others: raise the interrupt only if somebody waits for it, i.e. if the word at
+/// [`FENCE_ARM`] of the fence slot is not zero once the fence is written.
+pub const FLAG_IRQ_ARMED: u8 = 1 << 2;
 
 /// One ring entry, decoded. On the wire: eight little-endian `u64` words.
 ///
@@ -205,7 +209,7 @@ pub const FLAG_IRQ: u8 = 1 << 1;
 pub struct Descriptor {
     /// What to do.
     pub opcode: Opcode,
-    /// [`FLAG_FENCE`], [`FLAG_IRQ`].
+    /// [`FLAG_FENCE`], [`FLAG_IRQ`], [`FLAG_IRQ_ARMED`].
     pub flags: u8,
     /// Number of scatter-list entries for [`Opcode::CopyList`]; ASID for [`Opcode::Bind`], [`Opcode::Invalidate`] and
     /// [`Opcode::Access`]; zero for the others.
@@ -258,6 +262,13 @@ impl Descriptor {
         self
     }
 
+    /// The same with an interrupt only for a waiter that has armed the fence slot.
+    pub const fn with_armed_fence(self, address: u64, value: u64) -> Self {
+        let mut this = self.with_fence(address, value, true);
+        this.flags |= FLAG_IRQ_ARMED;
+        this
+    }
+
     /// The eight words of the ring entry.
     pub const fn to_words(self) -> [u64; 8] {
         [
@@ -279,8 +290,8 @@ impl Descriptor {
     /// Decodes a ring entry.
     ///
     /// # Errors
-    /// [`Status::BadDescriptor`] for an unknown opcode, aperture or flag, a fence slot that is not aligned, or a
-    /// reserved word that is not zero. Ranges are the device's to check.
+    /// [`Status::BadDescriptor`] for an unknown opcode, aperture or flag, flags that do not go together, a fence slot that
+    /// is not aligned, or a reserved word that is not zero. Ranges are the device's to check.
     pub const fn from_words(w: [u64; 8]) -> Result<Self, Status> {
         let flags = (w[0] >> 8) as u8;
         let (Some(opcode), Some(src), Some(dst)) = (
@@ -290,7 +301,11 @@ impl Descriptor {
         ) else {
             return Err(Status::BadDescriptor);
         };
-        if flags & !(FLAG_FENCE | FLAG_IRQ) != 0 || w[7] != 0 || !w[4].is_multiple_of(FENCE_SIZE as u64) {
+        let armed = FLAG_FENCE | FLAG_IRQ | FLAG_IRQ_ARMED;
+        if flags & !armed != 0 || flags & FLAG_IRQ_ARMED != 0 && flags != armed {
+            return Err(Status::BadDescriptor);
+        }
+        if w[7] != 0 || !w[4].is_multiple_of(FENCE_SIZE as u64) {
             return Err(Status::BadDescriptor);
         }
         Ok(Self {
@@ -372,9 +387,13 @@ impl SgEntry {
     }
 }
 
-/// A fence slot in memory: `u64` value, then `u32` [`Status`], then `u32` reserved. The device writes the status
+/// A fence slot in memory: `u64` value, then `u32` [`Status`], then the `u32` at [`FENCE_ARM`]. The device writes the status
 /// first and the value last, with release order: a reader that sees the value it waits for (with acquire order) sees
 /// the status and the data too.
 pub const FENCE_VALUE: usize = 0;
 /// Offset of the status in a fence slot.
 pub const FENCE_STATUS: usize = 8;
+/// Offset in a fence slot of a `u32` that the driver alone writes: not zero while somebody sleeps until the interrupt. The
+/// device reads it after a full barrier that follows its store of the value; who arms the slot must look at the value
+/// after a full barrier that follows his store, and may sleep if it is not there.
+pub const FENCE_ARM: usize = 12;

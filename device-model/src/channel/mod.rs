@@ -9,6 +9,7 @@
 //! Locks, outermost first: a channel's state, its engine, the DMA map, an address space, the page faults. All but the
 //! engine are free while a descriptor waits.
 
+mod vigil;
 mod work;
 
 use std::sync::atomic::{AtomicU32, Ordering};

@@ -6,8 +6,9 @@ use std::sync::{MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use hmmstorm_abi::pci::{VECTOR_CHANNEL0, VECTOR_DEVICE, VECTOR_FAULT};
-use hmmstorm_abi::ring::{FLAG_IRQ, Opcode, Status, fence_of_words};
+use hmmstorm_abi::ring::{FLAG_IRQ, FLAG_IRQ_ARMED, Opcode, Status, fence_of_words};
 
+use super::vigil::Vigil;
 use super::{Channel, Run, State};
 use crate::config::Mode;
 use crate::core::Core;
@@ -15,6 +16,7 @@ use crate::engine::access::Suspended;
 use crate::engine::session::Session;
 use crate::engine::{Engine, Failure, Progress};
 use crate::fence;
+use crate::guest_memory::DmaGuard;
 use crate::reset::Held;
 use crate::ring::{Ring, RingError};
 
@@ -50,6 +52,7 @@ enum Step {
 impl Channel {
     /// The worker thread of threaded mode; returns after [`Channel::stop`].
     pub(crate) fn work(&self, core: &Core) {
+        let mut vigil = Vigil::new(core.poll);
         loop {
             let mut state = self.lock();
             let ring = loop {
@@ -62,7 +65,7 @@ impl Channel {
             state.doorbell = false;
             state.busy = true;
             drop(state);
-            self.work_on(core, ring, Self::serve);
+            self.work_on(core, ring, |ring| self.serve(core, ring, &mut vigil));
         }
     }
 
@@ -73,14 +76,14 @@ impl Channel {
         if let Run::Enabled(ring) = state.run {
             state.busy = true;
             drop(state);
-            self.work_on(core, ring, Self::serve_doorbell);
+            self.work_on(core, ring, |ring| self.serve_doorbell(core, ring));
         }
     }
 
     /// Serves `ring`, with the channel marked busy, and puts down how it ended.
-    fn work_on(&self, core: &Core, mut ring: Ring, serve: fn(&Self, &Core, &mut Ring) -> Rest) {
+    fn work_on(&self, core: &Core, mut ring: Ring, serve: impl FnOnce(&mut Ring) -> Rest) {
         // A fault of our own must not leave a channel busy for good, nor take the other GPU down.
-        let rest = catch_unwind(AssertUnwindSafe(|| serve(self, core, &mut ring))).unwrap_or_else(|_| {
+        let rest = catch_unwind(AssertUnwindSafe(|| serve(&mut ring))).unwrap_or_else(|_| {
             log::error!(
                 "gpu{}: channel {} met a fault of the device model and halts",
                 core.index,
@@ -102,14 +105,15 @@ impl Channel {
     }
 
     /// Threaded mode: drains the ring, looks for more for a while, then asks for a doorbell.
-    fn serve(&self, core: &Core, ring: &mut Ring) -> Rest {
+    fn serve(&self, core: &Core, ring: &mut Ring, vigil: &mut Vigil) -> Rest {
+        vigil.ends(Instant::now());
         loop {
             match self.drain(core, ring, u32::MAX) {
                 Ok(Rest::Idle) => {}
                 Ok(rest) => return rest,
                 Err(error) => return Rest::Halted(self.halt(core, error)),
             }
-            match self.await_more(core, ring) {
+            match self.await_more(core, ring, vigil) {
                 Ok(true) => {}
                 Ok(false) => return Rest::Idle,
                 Err(error) => return Rest::Halted(self.halt(core, error)),
@@ -117,11 +121,13 @@ impl Channel {
         }
     }
 
-    /// Polls for a publication for [`Core::poll`], then asks for a doorbell; true if there is work now.
-    fn await_more(&self, core: &Core, ring: &Ring) -> Result<bool, RingError> {
+    /// Polls for a publication as long as is worth while, then asks for a doorbell; true if there is work now.
+    fn await_more(&self, core: &Core, ring: &Ring, vigil: &mut Vigil) -> Result<bool, RingError> {
         let start = Instant::now();
-        while start.elapsed() < core.poll && self.cancel.requested().is_none() {
+        let length = vigil.begins(start);
+        while start.elapsed() < length && self.cancel.requested().is_none() {
             if ring.pending(core)? > 0 {
+                vigil.ends(Instant::now());
                 return Ok(true);
             }
             // Whoever could publish may be waiting for this CPU.
@@ -202,7 +208,7 @@ impl Channel {
             Err(failure) => Err(failure),
         };
         self.complete(core, &mut session, ring, words, outcome)?;
-        Ok(Step::Completed(wants_interrupt(words)))
+        Ok(Step::Completed(wants_interrupt(session.guard(), words)))
     }
 
     /// Puts down how a descriptor ended: statistics, log, fence, head.
@@ -268,8 +274,9 @@ impl Channel {
                 };
                 let aborted = Err(Failure::Aborted(Held::Abort));
                 self.complete(core, &mut session, &mut ring, words, aborted)?;
+                let interrupt = wants_interrupt(session.guard(), words);
                 drop(session);
-                if wants_interrupt(words) {
+                if interrupt {
                     core.raise(VECTOR_CHANNEL0 + self.index);
                 }
             }
@@ -310,6 +317,15 @@ impl Channel {
     }
 }
 
-fn wants_interrupt(words: [u64; 8]) -> bool {
-    (words[0] >> 8) as u8 & FLAG_IRQ != 0
+/// Whether a descriptor that is complete wants its interrupt.
+fn wants_interrupt(guard: &DmaGuard<'_>, words: [u64; 8]) -> bool {
+    let flags = (words[0] >> 8) as u8;
+    if flags & FLAG_IRQ == 0 {
+        return false;
+    }
+    match fence_of_words(words) {
+        // A slot that cannot be read any more has nobody that looks at it.
+        Some((address, _)) if flags & FLAG_IRQ_ARMED != 0 => fence::is_armed(guard, address).unwrap_or(true),
+        _ => true,
+    }
 }

@@ -11,7 +11,7 @@ use clap::Parser;
 use hmmstorm_abi::pci::CHANNELS;
 use hmmstorm_abi::regs;
 use hmmstorm_abi::ring::{
-    Descriptor, FENCE_STATUS, SHADOW_EVENT, SHADOW_HEAD, SHADOW_TAIL, Status, needs_doorbell,
+    Descriptor, FENCE_ARM, FENCE_STATUS, SHADOW_EVENT, SHADOW_HEAD, SHADOW_TAIL, Status, needs_doorbell,
 };
 use hmmstorm_device::config::Config;
 use hmmstorm_device::gpu::{Gpu, Region};
@@ -271,6 +271,12 @@ impl<'a> Driver<'a> {
             let code = self.bench.load_u32(self.fence_offset(slot) + FENCE_STATUS as u64);
             Status::from_u32(code).expect("a code of the ABI")
         })
+    }
+
+    /// Says in fence slot `slot` whether somebody sleeps until its interrupt.
+    pub(crate) fn arm(&self, slot: u64, value: u32) {
+        self.bench.store_u32(self.fence_offset(slot) + FENCE_ARM as u64, value);
+        fence(Ordering::SeqCst);
     }
 
     pub(crate) fn reset(&self) {

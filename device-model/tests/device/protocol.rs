@@ -49,6 +49,39 @@ fn no_publication_is_lost_between_polling_and_sleeping() {
     }
 }
 
+/// A waiter that looks for a while, arms the fence slot, looks once more and then sleeps is woken; one that never sleeps is
+/// left alone.
+#[test]
+fn an_armed_interrupt_comes_to_those_who_sleep() {
+    let bench = Bench::new(&["--poll-us", "5"], 1 << 20);
+    let mut driver = Driver::start(&bench, 0, 0, 4);
+    let raised = || bench.gpu(0).stats().interrupts;
+    let armed = |driver: &Driver<'_>, value| {
+        Descriptor::NOP.with_armed_fence(driver.fence_address(0), value).to_words()
+    };
+    for value in 1..=2_000 {
+        let words = armed(&driver, value);
+        driver.submit(words);
+        assert_eq!(driver.wait(0, value), Status::Ok);
+    }
+    // The interrupt of a descriptor is before the fence of the next.
+    driver.run(Descriptor::NOP);
+    let before = wait_for("the interrupt of the last one", || Some(raised()).filter(|&count| count == 1));
+    for value in 3_000..=5_000 {
+        driver.arm(0, 0);
+        let words = armed(&driver, value);
+        driver.submit(words);
+        let seen = raised();
+        driver.arm(0, 1);
+        if driver.fence(0, value).is_none() {
+            wait_for("an interrupt for who sleeps", || (raised() > seen).then_some(()));
+        }
+        assert_eq!(driver.wait(0, value), Status::Ok);
+    }
+    driver.run(Descriptor::NOP);
+    assert!(raised() > before, "nobody ever slept");
+}
+
 fn await_room(driver: &Driver<'_>) {
     wait_for("a free entry", || (driver.tail.wrapping_sub(driver.head()) < 16).then_some(()));
 }
