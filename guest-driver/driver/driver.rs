@@ -17,7 +17,8 @@ use kernel::{
     prelude::*,
     sizes::SZ_1M,
     str::CString,
-    sync::Arc, //
+    sync::Arc,
+    uaccess::UserSliceReader, //
 };
 
 use crate::{
@@ -34,18 +35,37 @@ use crate::{
     gpu::Gpu,
     module_parameters,
     pagemap::VramPagemap,
-    peer, //
+    peer,
+    to_ram::Around, //
 };
 
 /// A bound GPU.
 #[pin_data]
 pub(crate) struct HsGpu {
+    /// `hsgpu<n>/fault_pages` in debugfs.
+    #[pin]
+    fault_pages: debugfs::File<Arc<Gpu>>,
     /// `hsgpu<n>/stats` in debugfs.
     #[pin]
     stats: debugfs::File<Arc<Gpu>>,
     /// The device nodes; gone as soon as `unbind` has returned, before anything that they use.
     _registrations: KVec<Devres<MiscDeviceRegistration<OpenFile>>>,
     nodes: KVec<Arc<Node>>,
+}
+
+/// The number that somebody wrote to a file.
+///
+/// # Errors
+///
+/// `EINVAL` if it is none; those of reading it.
+fn number(reader: &mut UserSliceReader) -> Result<u32> {
+    // Enough for 32 bits and a line's end.
+    let mut text = [0; 12];
+    let text = text.get_mut(..reader.len()).ok_or(EINVAL)?;
+
+    reader.read_slice(text)?;
+    let text = core::str::from_utf8(text).map_err(|_| EINVAL)?;
+    text.trim().parse().map_err(|_| EINVAL)
 }
 
 const VENDOR: pci::Vendor = pci::Vendor::REDHAT_QUMRANET;
@@ -77,8 +97,15 @@ impl pci::Driver for HsGpu {
             )
             .inspect_err(|_| dev_err!(pdev.as_ref(), "BAR 0 cannot be mapped\n"))?;
             let coherent = u64::from(*module_parameters::coherent_mib.value());
+            let around =
+                Around::new(*module_parameters::fault_pages.value()).inspect_err(|_| {
+                    dev_err!(
+                        pdev.as_ref(),
+                        "fault_pages must be a power of two up to 512\n"
+                    )
+                })?;
             // CAST: widening.
-            let gpu = Gpu::new(pdev, bar, coherent * SZ_1M as u64)?;
+            let gpu = Gpu::new(pdev, bar, coherent * SZ_1M as u64, around)?;
             let nodes = nodes(pdev, &gpu)?;
             let dir = debugfs::Dir::new(&CString::try_from_fmt(fmt!("hsgpu{}", gpu.index))?);
             let mut registrations = KVec::with_capacity(nodes.len(), GFP_KERNEL)?;
@@ -97,6 +124,16 @@ impl pci::Driver for HsGpu {
             dev_info!(pdev.as_ref(), "{}, bound\n", &*gpu);
 
             Ok(try_pin_init!(Self {
+                fault_pages <- dir.read_write_callback_file(
+                    c_str!("fault_pages"),
+                    Ok::<_, Error>(gpu.clone()),
+                    &|gpu: &Arc<Gpu>, f: &mut fmt::Formatter<'_>| {
+                        f.write_fmt(fmt!("{}\n", gpu.around.pages()))
+                    },
+                    &|gpu: &Arc<Gpu>, reader: &mut UserSliceReader| {
+                        gpu.around.set(number(reader)?)
+                    },
+                ),
                 stats <- dir.read_callback_file(
                     c_str!("stats"),
                     Ok::<_, Error>(gpu),

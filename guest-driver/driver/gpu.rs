@@ -79,6 +79,7 @@ use crate::{
         Inside, //
     },
     irq,
+    refuse::Refusal,
     registry::{
         JobChannels,
         Spaces, //
@@ -87,10 +88,10 @@ use crate::{
         Bar0,
         Regs, //
     },
-    refuse::Refusal,
     selftest,
     space::Space,
     stats::Stats,
+    to_ram::Around,
     vram::{
         Vram,
         CHUNK_PAGES, //
@@ -131,6 +132,8 @@ pub(crate) struct Gpu {
     pub(crate) job_channels: JobChannels,
     /// CPU faults that it does not serve.
     pub(crate) refusal: Refusal,
+    /// How much a CPU fault brings back.
+    pub(crate) around: Around,
     identity: Identity,
     dev: ARef<Device>,
     bar: Arc<Devres<Bar0>>,
@@ -159,7 +162,7 @@ pub(crate) struct Session<'a> {
 impl Gpu {
     /// Brings the device up: identifies and resets it, starts its channels, and proves that they work.
     ///
-    /// `coherent` bytes of its VRAM are to be coherent memory.
+    /// `coherent` bytes of its VRAM are to be coherent memory; `around` says how much a CPU fault brings back.
     ///
     /// # Errors
     ///
@@ -169,6 +172,7 @@ impl Gpu {
         pdev: &pci::Device<Bound>,
         bar: Arc<Devres<Bar0>>,
         coherent: u64,
+        around: Around,
     ) -> Result<Arc<Self>> {
         let dev = pdev.as_ref();
         let regs = Regs::new(bar.access(dev)?);
@@ -208,6 +212,7 @@ impl Gpu {
                 spaces <- Spaces::new(identity.spaces)?,
                 job_channels <- JobChannels::new(COPY_CHANNELS..identity.channels),
                 refusal: Refusal::new(),
+                around,
                 identity,
                 dev: dev.into(),
                 bar,

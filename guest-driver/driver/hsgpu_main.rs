@@ -89,5 +89,9 @@ module! {
             default: 0,
             description: "VRAM of each GPU, in MiB, that becomes coherent memory (needs BAR 2); the rest stays private",
         },
+        fault_pages: u32 {
+            default: 16,
+            description: "Pages that a CPU fault on private memory brings back, naturally aligned: a power of two up to 512",
+        },
     },
 }

@@ -4,6 +4,14 @@
 //!
 //! The faulting task holds `mmap_lock` (or a per-VMA lock) for reading, and the lock of the folio. It must get by with
 //! little: a single page needs no memory but the one it moves to.
+//!
+//! A trip to the device costs much the same for one page as for many, and the CPU is likely to go on next door. So the
+//! pages around come along, as with the drivers of real devices: as many as [`Around`] says.
+
+use core::{
+    cmp,
+    ops::Range, //
+};
 
 use kernel::{
     mm::{
@@ -18,10 +26,15 @@ use kernel::{
             FaultError, //
         }, //
     },
-    prelude::*, //
+    prelude::*,
+    sync::atomic::{
+        Atomic,
+        Relaxed, //
+    }, //
 };
 
 use crate::{
+    abi::uapi::PAGE_SIZE,
     engine::Work,
     gpu::Session,
     moving::{
@@ -52,10 +65,110 @@ pub(crate) fn to_ram(pages: &VramPages, fault: &CpuFault<'_>) -> Result<(), Faul
     gpu.enter_fault()
         .map_err(|_| FaultError::Bus)
         .and_then(|session| match fault.order() {
-            0 => page_to_ram(&session, pages, fault),
+            0 => match gpu.around.range(fault) {
+                // What went wrong may concern a neighbour alone.
+                Some(range) => around_to_ram(&session, pages, fault, range)
+                    .or_else(|_| page_to_ram(&session, pages, fault)),
+                None => page_to_ram(&session, pages, fault),
+            },
             _ => folio_to_ram(&session, pages, fault),
         })
         .inspect_err(|_| gpu.stats.cpu_faults_failed.inc())
+}
+
+/// How many pages a CPU fault brings back; changed at run time through debugfs.
+pub(crate) struct Around {
+    pages: Atomic<u32>,
+}
+
+impl Around {
+    /// `pages`, naturally aligned: a power of two.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` if it is none, or more than a migration takes.
+    pub(crate) fn new(pages: u32) -> Result<Self> {
+        let this = Self {
+            pages: Atomic::new(1),
+        };
+
+        this.set(pages)?;
+        Ok(this)
+    }
+
+    /// As many as it is set to.
+    pub(crate) fn pages(&self) -> u32 {
+        self.pages.load(Relaxed)
+    }
+
+    /// Sets it.
+    ///
+    /// # Errors
+    ///
+    /// As [`Around::new`].
+    pub(crate) fn set(&self, pages: u32) -> Result {
+        // CAST: widening.
+        if !pages.is_power_of_two() || pages as usize > PAGES {
+            return Err(EINVAL);
+        }
+        self.pages.store(pages, Relaxed);
+        Ok(())
+    }
+
+    /// What moves along with the page of `fault`; `None` if it moves alone: because so it is set, or because the page is part
+    /// of a larger folio.
+    fn range(&self, fault: &CpuFault<'_>) -> Option<Range<usize>> {
+        // CAST: widening.
+        let size = self.pages() as usize * PAGE_SIZE;
+        let vma = fault.vma();
+
+        if size == PAGE_SIZE || fault.is_part() {
+            return None;
+        }
+        Some(clip(fault.address(), size, vma.start()..vma.end()))
+    }
+}
+
+/// The part that lies within `vma` of the naturally aligned `size` bytes around `address`.
+fn clip(address: usize, size: usize, vma: Range<usize>) -> Range<usize> {
+    let start = address & !(size - 1);
+
+    cmp::max(start, vma.start)..cmp::min(start.saturating_add(size), vma.end)
+}
+
+/// Brings back the page that the CPU touched and what else of this device there is in `range`.
+fn around_to_ram(
+    session: &Session<'_>,
+    pages: &VramPages,
+    fault: &CpuFault<'_>,
+    range: Range<usize>,
+) -> Result {
+    let touched = (fault.address() - range.start) / PAGE_SIZE;
+    let mut room = Room::<PAGES>::new((range.end - range.start) / PAGE_SIZE)?;
+    let mut migration =
+        Migration::collect_fault_around(fault, range, pages.owner(), &mut room.entries)?;
+
+    if !matches!(migration.source(touched), Source::Device(_)) {
+        // Somebody else was faster, or has a reference; the CPU tries again. The neighbours are his business.
+        return Ok(());
+    }
+    // The page that is wanted first: the others come if there is memory for them, too.
+    migration.set_system(touched, migration.alloc_system(touched)?)?;
+    for index in (0..migration.npages()).filter(|index| *index != touched) {
+        if !matches!(migration.source(index), Source::Device(_)) {
+            continue;
+        }
+        let Ok(page) = migration.alloc_system(index) else {
+            break;
+        };
+
+        migration.set_system(index, page)?;
+    }
+
+    let moved = moving::run(session, pages, Work::Fault, migration, &mut room.segments)?;
+    // CAST: a small number.
+    session.stats.to_system.add(moved.pages as u64);
+    Ok(())
 }
 
 fn page_to_ram(
@@ -131,4 +244,38 @@ fn folio_to_ram(
     session.stats.to_system.add(moved.pages as u64);
     session.stats.huge_to_system.add(moved.huge as u64);
     Ok(())
+}
+
+#[kunit_tests(hsgpu_to_ram)]
+mod tests {
+    use super::*;
+
+    const VMA: Range<usize> = 0x7000_0003_0000..0x7000_0021_1000;
+
+    #[test]
+    fn what_comes_along_is_aligned_and_within_the_area() {
+        let clip = |address, size| clip(address, size, VMA);
+
+        assert_eq!(
+            clip(0x7000_0012_3000, 0x1_0000),
+            0x7000_0012_0000..0x7000_0013_0000
+        );
+        // Both ends of the area.
+        assert_eq!(
+            clip(0x7000_0003_0000, 0x20_0000),
+            VMA.start..0x7000_0020_0000
+        );
+        assert_eq!(clip(0x7000_0021_0000, 0x20_0000), 0x7000_0020_0000..VMA.end);
+        assert_eq!(clip(0x7000_0021_0000, 0x1000), 0x7000_0021_0000..VMA.end);
+    }
+
+    #[test]
+    fn powers_of_two_up_to_a_migration() {
+        for pages in [1, 16, 512] {
+            assert!(Around::new(pages).is_ok_and(|around| around.pages() == pages));
+        }
+        for pages in [0, 3, 1024] {
+            assert!(Around::new(pages).is_err());
+        }
+    }
 }
