@@ -6,11 +6,8 @@ use std::fs::{self, File};
 use std::io;
 
 use rustix::io::Errno;
-use rustix::system::{delete_module, finit_module};
+use rustix::system::finit_module;
 use thiserror::Error;
-
-/// Do not wait until it is free. The only flag that every kernel takes (`kernel/module/main.c`).
-const O_NONBLOCK: i32 = libc::O_NONBLOCK;
 
 /// Text sections of a module, with their addresses.
 pub(crate) type Sections = BTreeMap<String, u64>;
@@ -51,18 +48,6 @@ pub(crate) fn load(name: &str) -> Result<Sections, ModuleError> {
     match finit_module(&file, &parameters, 0) {
         Ok(()) | Err(Errno::EXIST) => Ok(text_sections(name)),
         Err(source) => Err(ModuleError::Load { path, source }),
-    }
-}
-
-/// Unloads a module, if it is loaded and nobody uses it.
-///
-/// # Errors
-/// Of `delete_module`: `EAGAIN` while it is in use.
-pub(crate) fn unload(name: &str) -> rustix::io::Result<()> {
-    let name = CString::new(name.replace('-', "_")).map_err(|_| Errno::INVAL)?;
-    match delete_module(&name, O_NONBLOCK) {
-        Err(Errno::NOENT) => Ok(()),
-        done => done,
     }
 }
 

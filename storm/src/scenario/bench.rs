@@ -1,8 +1,13 @@
 //! `bench`: hmm-tests' own benchmark and a fault test, on hsgpu and on the kernel's test_hmm in turn.
+//!
+//! Both drivers make nodes of the same names, and hmm-tests knows no others. So both stay loaded, and their nodes take
+//! turns: those of the one that rests are in a folder of its own. (Unloading `test_hmm` makes 6.19.6 warn of its devices,
+//! which have no release method.)
 
-use std::fs::{File, OpenOptions};
+use std::ffi::OsString;
+use std::fs::{self, File, OpenOptions};
 use std::io::BufRead;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
@@ -24,7 +29,14 @@ use crate::sys::process::fork;
 
 /// The benchmark among the kernel's tests.
 const BENCHMARK: &str = "hmm.hmm_device_private.benchmark_thp_migration";
-/// Guest time that a driver gets to make its nodes, or to take them away.
+/// The driver under test, and the kernel's own.
+const OURS: &str = "hsgpu";
+const STOCK: &str = "test_hmm";
+/// How many pages a CPU fault brings back, of GPU 0.
+const FAULT_PAGES: &str = "/sys/kernel/debug/hsgpu0/fault_pages";
+/// Where device nodes are.
+const DEV: &str = "/dev";
+/// Guest time that a driver gets to make its nodes.
 const NODES: Duration = Duration::from_secs(30);
 /// Small pages of 2 MiB.
 const HUGE: f64 = 512.0;
@@ -70,23 +82,27 @@ impl Workload for Bench {
 impl Bench {
     fn all(&self, slot: Slot<'_>, context: &Context<'_>) -> Result<(), WorkError> {
         unpin().map_err(WorkError::system("sched_setaffinity"))?;
-        // PID 1 loaded it.
-        unload("hsgpu")?;
+        // PID 1 loaded hsgpu; devtmpfs makes no node where there is one.
+        let ours = Nodes::park(OURS)?;
+        load(STOCK)?;
+        let stock = Nodes::park(STOCK)?;
         for round in 0..self.rounds {
             context.board.set_round(round);
             // The other one goes first in every other round.
-            let mut drivers = ["hsgpu", "test_hmm"];
+            let mut drivers = [&ours, &stock];
             if round % 2 == 1 {
                 drivers.reverse();
             }
-            for driver in drivers {
-                load(driver)?;
-                let turn = Turn { bench: self, driver, round, slot, context };
-                turn.run()?;
-                unload(driver)?;
+            for nodes in drivers {
+                nodes.put_up()?;
+                let turn = Turn { bench: self, driver: nodes.driver, round, slot, context };
+                let result = turn.run();
+                nodes.take_down()?;
+                result?;
             }
         }
-        Ok(())
+        // Where devtmpfs finds them when the driver goes.
+        ours.put_up()
     }
 }
 
@@ -103,18 +119,49 @@ struct Turn<'a> {
 impl Turn<'_> {
     fn run(self) -> Result<(), WorkError> {
         if self.bench.migration {
-            let before = counters()?;
+            let before = self.counters()?;
             self.migrate()?;
-            self.traffic("migration", before, counters()?)?;
+            self.traffic("migration", before, self.counters()?)?;
         }
-        let before = counters()?;
+        // First like test_hmm, which brings back no more than the page that is touched, then as each driver does by itself.
+        let own = self.set_fault_pages("1")?;
+        self.touch("faults")?;
+        if let Some(own) = own {
+            self.set_fault_pages(&own)?;
+        }
+        self.touch("pages")
+    }
+
+    /// The fault test, with one process and with several.
+    fn touch(self, what: &str) -> Result<(), WorkError> {
+        let before = self.counters()?;
         for processes in [1, self.bench.processes] {
             self.slot.begin();
             let rate = fault_rate(processes, self.bench.pages, self.bench.limit)?;
             self.slot.complete(0);
-            self.sample(&format!("cpu-faults/{processes}"), rate)?;
+            self.sample(&format!("cpu-{what}/{processes}"), rate)?;
         }
-        self.traffic("fault", before, counters()?)
+        self.traffic(what, before, self.counters()?)
+    }
+
+    /// Sets how many pages a CPU fault on GPU 0 brings back, if its driver can; returns what it was.
+    fn set_fault_pages(self, pages: &str) -> Result<Option<String>, WorkError> {
+        if self.driver != OURS {
+            return Ok(None);
+        }
+        let old = fs::read_to_string(FAULT_PAGES)
+            .map_err(WorkError::system("read(/sys/kernel/debug/hsgpu0/fault_pages)"))?;
+        fs::write(FAULT_PAGES, pages)
+            .map_err(WorkError::system("write(/sys/kernel/debug/hsgpu0/fault_pages)"))?;
+        Ok(Some(old))
+    }
+
+    /// The counters of GPU 0, if its driver is hsgpu.
+    fn counters(self) -> Result<Option<Stats>, WorkError> {
+        if self.driver != OURS {
+            return Ok(None);
+        }
+        Ok(gpu::all_stats()?.into_iter().next())
     }
 
     fn sample(self, name: &str, value: f64) -> Result<(), WorkError> {
@@ -192,11 +239,6 @@ impl Table {
         };
         columns.filter_map(rate).collect()
     }
-}
-
-/// The counters of GPU 0, if its driver is hsgpu.
-fn counters() -> Result<Option<Stats>, WorkError> {
-    Ok(gpu::all_stats()?.into_iter().next())
 }
 
 /// Device pages that `processes` processes at once touch a second; each touch is a fault.
@@ -277,23 +319,42 @@ fn load(driver: &'static str) -> Result<(), WorkError> {
     })
 }
 
-/// Unloads a driver, and waits until its node is gone.
-fn unload(driver: &'static str) -> Result<(), WorkError> {
-    // A file that was just closed may still be on its way.
-    let mut last = None;
-    let gone = poll(NODES, || match modules::unload(driver) {
-        Ok(()) => Some(()),
-        Err(error) => {
-            last = Some(error);
-            None
-        }
-    });
-    if gone.is_none() {
-        let why = last.map(|error| error.to_string()).unwrap_or_default();
-        return Err(WorkError::Condition(format!("cannot unload {driver}: {why}")));
+/// The nodes of a driver, which are under their names only while it has its turn.
+#[derive(Debug)]
+struct Nodes {
+    driver: &'static str,
+    folder: PathBuf,
+    names: Vec<OsString>,
+}
+
+impl Nodes {
+    /// Takes down the nodes that are there, which are those of `driver`.
+    fn park(driver: &'static str) -> Result<Self, WorkError> {
+        let folder = Path::new(DEV).join(driver);
+        fs::create_dir(&folder).map_err(WorkError::system("mkdir(/dev/<driver>)"))?;
+        let prefix = gpu::node(0).trim_start_matches(DEV).trim_matches(['/', '0']).to_owned();
+        let entries = fs::read_dir(DEV).map_err(WorkError::system("read_dir(/dev)"))?;
+        let names = entries.flatten().map(|entry| entry.file_name());
+        let names = names.filter(|name| name.to_string_lossy().starts_with(&prefix)).collect();
+        let this = Self { driver, folder, names };
+        this.take_down()?;
+        Ok(this)
     }
-    let taken = poll(NODES, || (!Path::new(&gpu::node(0)).exists()).then_some(()));
-    taken.ok_or_else(|| WorkError::Condition(format!("{driver} is unloaded and {} is there", gpu::node(0))))
+
+    fn put_up(&self) -> Result<(), WorkError> {
+        self.rename(&self.folder, Path::new(DEV))
+    }
+
+    fn take_down(&self) -> Result<(), WorkError> {
+        self.rename(Path::new(DEV), &self.folder)
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> Result<(), WorkError> {
+        let mut names = self.names.iter();
+        names
+            .try_for_each(|name| fs::rename(from.join(name), to.join(name)))
+            .map_err(WorkError::system("rename of a device node"))
+    }
 }
 
 #[cfg(test)]
