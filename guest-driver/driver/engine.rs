@@ -91,15 +91,19 @@ impl Session<'_> {
     pub(crate) fn copy(&self, work: Work, segments: &[Segment]) -> Result {
         let (channel, regs) = self.channel_for(work)?;
         let mut batch = Batch::new(channel.job(), regs);
+        let mut bytes = 0;
 
         for segment in segments {
+            bytes += u64::from(segment.length);
             batch.push(SgEntry {
                 src: segment.src,
                 dst: segment.dst,
                 length: segment.length,
             })?;
         }
-        batch.finish()
+        batch.finish()?;
+        self.stats.copied.add(bytes);
+        Ok(())
     }
 
     /// Fills `length` bytes (a multiple of 8) at `dst` with the 64-bit `pattern`.
@@ -111,7 +115,9 @@ impl Session<'_> {
         let (channel, regs) = self.channel_for(work)?;
         let mut job = channel.job();
 
-        again(|| job.run(regs, Descriptor::fill(dst, length, pattern)))
+        again(|| job.run(regs, Descriptor::fill(dst, length, pattern)))?;
+        self.stats.copied.add(length);
+        Ok(())
     }
 
     /// Makes the GPU forget its translations of `range` in address space `asid`. When this returns, no access made with

@@ -131,4 +131,6 @@ stats! {
     splits,
     /// Pages that became exclusive to the device.
     exclusive,
+    /// Bytes that the copy engine moved or filled.
+    copied,
 }

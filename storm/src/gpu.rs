@@ -449,6 +449,7 @@ pub(crate) fn named(stats: &uapi::Stats) -> BTreeMap<String, u64> {
         ("exclusive", stats.exclusive),
         ("coherent_pages", stats.coherent_pages),
         ("coherent_free", stats.coherent_free),
+        ("copied", stats.copied),
         ("gpu_faults", stats.gpu_faults),
         ("gpu_faults_failed", stats.gpu_faults_failed),
         ("gpu_faults_stale", stats.gpu_faults_stale),

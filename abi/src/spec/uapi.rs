@@ -349,6 +349,8 @@ pub struct Stats {
     pub coherent_pages: u64,
     /// Of these, free ones.
     pub coherent_free: u64,
+    /// Bytes that the copy engine moved or filled for the driver.
+    pub copied: u64,
 }
 
 /// Reads [`Stats`].
@@ -420,7 +422,7 @@ const _: () = {
     assert!(size_of::<Policy>() == 24);
     assert!(size_of::<Evict>() == 24);
     assert!(size_of::<PeerMigrate>() == 32);
-    assert!(size_of::<Stats>() == 288);
+    assert!(size_of::<Stats>() == 296);
     // The values of lib/test_hmm_uapi.h.
     assert!(HMM_DMIRROR_READ == 0xc028_4800);
     assert!(HMM_DMIRROR_FLAGS == 0xc028_4808);

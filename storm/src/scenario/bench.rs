@@ -38,8 +38,8 @@ const FAULT_PAGES: &str = "/sys/kernel/debug/hsgpu0/fault_pages";
 const DEV: &str = "/dev";
 /// Guest time that a driver gets to make its nodes.
 const NODES: Duration = Duration::from_secs(30);
-/// Small pages of 2 MiB.
-const HUGE: f64 = 512.0;
+/// Bytes for which traps and the like are counted.
+const HUGE: f64 = (2 << 20) as f64;
 
 /// The workload.
 #[derive(Debug)]
@@ -170,16 +170,16 @@ impl Turn<'_> {
         self.context.sink.emit(event).map_err(WorkError::system("write an event"))
     }
 
-    /// What the device was bothered with for each 2 MiB that moved, if the driver counts it.
+    /// What the device was bothered with for each 2 MiB that it copied, if the driver counts it.
     fn traffic(self, what: &str, before: Option<Stats>, after: Option<Stats>) -> Result<(), WorkError> {
         let (Some(before), Some(after)) = (before, after) else { return Ok(()) };
-        let moved = (after.to_device - before.to_device + after.to_system - before.to_system) as f64;
+        let copied = (after.copied - before.copied) as f64;
         for (name, count) in [
             ("traps", after.doorbells - before.doorbells),
             ("interrupts", after.interrupts - before.interrupts),
             ("fences", after.fences - before.fences),
         ] {
-            self.sample(&format!("{name}-per-2M/{what}"), count as f64 * HUGE / moved.max(1.0))?;
+            self.sample(&format!("{name}-per-2M/{what}"), count as f64 * HUGE / copied.max(1.0))?;
         }
         Ok(())
     }
