@@ -1,5 +1,7 @@
 //! `hmmstorm bench`: hsgpu against the kernel's own test_hmm, in the same boot, in turn.
 
+mod profile;
+
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -8,6 +10,7 @@ use std::sync::Arc;
 use hmmstorm_abi::wire::event::{self, Event};
 use serde::Serialize;
 
+use self::profile::Profile;
 use super::prepare::prepare_with_selftests;
 use super::storm::runner::{Bench, Configured, Runner, usage};
 use crate::cli::{Context, Error, ImageArgs, MachineArgs, Outcome};
@@ -57,6 +60,9 @@ pub struct Args {
     /// End with exit code 1 if a goal is missed
     #[arg(long)]
     check: bool,
+    /// Sample the CPUs all the time, which slows the guest a little, and show what CPU faults spend their time on
+    #[arg(long)]
+    sample: bool,
     /// Write all figures to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -139,7 +145,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<Outcome, Error> {
     let folder = prepared.folder(SCENARIO, ctx)?;
     let bench = Arc::new(Bench::new(&prepared, ctx)?);
     let configured = Configured { prepared, scenario, control: None };
-    let runner = Runner::new(configured, vec![Verdict::Pass], bench, ctx);
+    let runner = Runner::new(configured, vec![Verdict::Pass], bench, ctx).profiling(args.sample);
     ctx.note(format_args!(
         "{OURS} against {STOCK} on {}; logs in {}",
         runner.kernel(),
@@ -164,6 +170,11 @@ pub fn run(args: Args, ctx: &Context) -> Result<Outcome, Error> {
     )?;
     let figures = figures(&samples);
     print!("{}", table(&figures));
+    if args.sample {
+        let profile = Profile::of(folder.dir())
+            .map_err(|error| Error::harness(format!("no samples in {}: {error}", folder.dir().display())))?;
+        print!("{}", profile.table());
+    }
     let report = Report { schema: SCHEMA, figures: &figures, samples: &samples, run: &record };
     record::write_json(&folder.dir().join("bench.json"), &report)?;
     if let Some(file) = &args.json {

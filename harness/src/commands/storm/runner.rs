@@ -146,6 +146,8 @@ pub(crate) struct Runner<'a> {
     bench: Arc<Bench>,
     /// Group of a plan that asks for the runs.
     group: Option<String>,
+    /// CPUs are sampled all the time, and the samples kept.
+    profiling: bool,
 }
 
 impl<'a> Runner<'a> {
@@ -160,12 +162,17 @@ impl<'a> Runner<'a> {
         if expected.is_empty() {
             expected.push(control.as_ref().map_or(Verdict::Pass, |control| control.expect));
         }
-        Self { ctx, prepared, scenario, control, expected, bench, group: None }
+        Self { ctx, prepared, scenario, control, expected, bench, group: None, profiling: false }
     }
 
     /// The same for a group of a plan, which its records will name.
     pub(crate) fn in_group(self, group: &str) -> Self {
         Self { group: Some(group.to_owned()), ..self }
+    }
+
+    /// The same, with the CPUs sampled all the time and the samples kept, if `profiling`.
+    pub(crate) fn profiling(self, profiling: bool) -> Self {
+        Self { profiling, ..self }
     }
 
     /// The same, speaking and being interrupted as another context says.
@@ -316,7 +323,8 @@ impl<'a> Runner<'a> {
         let sampler = Sampler::new(self.bench.symbols.clone());
         let deterministic = prepared.boot.spec.deterministic();
         let watcher = Watcher::new(judge, sampler, &self.prepared.image.modules, deterministic);
-        let watcher = watcher.chaos_at_start(prepared.boot.spec.chaos_at_start.clone());
+        let watcher =
+            watcher.chaos_at_start(prepared.boot.spec.chaos_at_start.clone()).profiling(self.profiling);
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
         let began = Instant::now();
         let mut structures = None;
@@ -395,7 +403,7 @@ impl<'a> Runner<'a> {
     ) -> Result<Record, Error> {
         let Seen { judgement, verdict_at, judge, findings, device, driver, measured, parameters, sampler } =
             seen;
-        if judgement.verdict != Verdict::Pass && sampler.cpus() > 0 {
+        if (self.profiling || judgement.verdict != Verdict::Pass) && sampler.cpus() > 0 {
             record::write_samples(&folder.dir().join("samples.jsonl"), &sampler)?;
         }
         let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);

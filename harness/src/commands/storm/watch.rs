@@ -82,6 +82,7 @@ pub(super) struct Watcher<'a> {
     sampler: Sampler,
     modules: &'a BTreeMap<String, PathBuf>,
     deterministic: bool,
+    profiling: bool,
     chaos_at_start: Option<Chaos>,
     scanner: Scanner,
     console_grew: bool,
@@ -107,6 +108,7 @@ impl<'a> Watcher<'a> {
             sampler,
             modules,
             deterministic,
+            profiling: false,
             chaos_at_start: None,
             scanner: Scanner::new(),
             console_grew: false,
@@ -123,6 +125,11 @@ impl<'a> Watcher<'a> {
     /// The device gets this fault plan when the scenario begins.
     pub(super) fn chaos_at_start(self, plan: Option<Chaos>) -> Self {
         Self { chaos_at_start: plan, ..self }
+    }
+
+    /// CPUs are sampled at every look, and not only when something seems to be wrong.
+    pub(super) fn profiling(self, profiling: bool) -> Self {
+        Self { profiling, ..self }
     }
 
     /// Watches until the verdict is certain. `progress` is called at every look, `listen` with each of the storm's records. The machine may still run afterwards.
@@ -255,7 +262,7 @@ impl<'a> Watcher<'a> {
             };
             return self.judge.findings().any(stuck) || stalled >= self.judge.limits().detectors * 2;
         }
-        now.saturating_sub(self.judge.stalled_since()) >= SUSPICION
+        self.profiling || now.saturating_sub(self.judge.stalled_since()) >= SUSPICION
     }
 
     fn referee(&mut self, machine: &mut Machine, at: Duration) -> Result<(), String> {
