@@ -94,6 +94,9 @@ const SLOTS: usize = 16;
 /// Entries of the scatter list of a slot: a 2 MiB migration of 4 KiB pages.
 pub(crate) const LIST_ENTRIES: usize = 512;
 
+/// All slots, as a set.
+const ALL_FREE: u32 = u32::MAX >> (32 - SLOTS);
+
 const RING_ORDER: u32 = 6;
 const RING_ENTRIES: u32 = 1 << RING_ORDER;
 /// The entry of a scatter list in whose place an access job's outcome is.
@@ -250,7 +253,7 @@ impl Channel {
                 slots,
                 memory,
                 ring <- new_mutex!(ring, "hsgpu::channel::ring"),
-                free <- new_spinlock!(u32::MAX >> (32 - SLOTS), "hsgpu::channel::free"),
+                free <- new_spinlock!(ALL_FREE, "hsgpu::channel::free"),
                 freed <- new_condvar!("hsgpu::channel::freed"),
             }),
             GFP_KERNEL,
@@ -269,6 +272,11 @@ impl Channel {
     /// Interrupts taken so far.
     pub(crate) fn interrupts(&self) -> u64 {
         self.interrupts.get()
+    }
+
+    /// Whether nobody has a job on it at the moment.
+    pub(crate) fn is_idle(&self) -> bool {
+        *self.free.lock() == ALL_FREE
     }
 
     /// Takes a slot for a job; sleeps until one is free.

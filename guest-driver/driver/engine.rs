@@ -190,7 +190,16 @@ impl Session<'_> {
     fn channel_for(&self, work: Work) -> Result<(&Channel, ChannelRegs<'_>)> {
         let channels = self.channels();
         let count = channels.len().min(COPY_CHANNELS);
-        let index = channel_for(work, count, usize::try_from(self.turn())?);
+        // Faults that come one after the other go to the same channel, which is awake then, and needs no doorbell.
+        let turn = match channels
+            .iter()
+            .take(2)
+            .position(|channel| channel.is_idle())
+        {
+            Some(idle) => idle,
+            None => usize::try_from(self.turn())?,
+        };
+        let index = channel_for(work, count, turn);
 
         Ok((
             channels.get(index).ok_or(ENODEV)?,
