@@ -15,6 +15,9 @@
 //!
 //! # Huge folios
 //!
+//! A setup ends where a huge page does, so that none is cut. What is less than a huge page in front of the first one of
+//! the range, or behind the last one, is in the same setup with it.
+//!
 //! With [`uapi::SELECT_HUGE`], what a PMD maps is collected as one folio and gets one of 2 MiB for a destination. If there
 //! is none, it gets 512 small ones, and the kernel splits the folio on the way. Both are one migration and one
 //! submission to the copy engine. Where the kernel cannot split on the way, which is when there is another reference
@@ -22,7 +25,10 @@
 //!
 //! Lock order: see [`crate::gpu`].
 
-use core::cmp;
+use core::{
+    cmp,
+    ops::Range, //
+};
 
 use kernel::{
     current,
@@ -33,7 +39,10 @@ use kernel::{
             Select,
             Source, //
         },
-        pagemap::Kind,
+        pagemap::{
+            Kind,
+            Owner, //
+        },
         virt::flags,
         Mm, //
     },
@@ -67,6 +76,9 @@ use crate::{
     },
     pagemap::VramPagemap, //
 };
+
+/// Bytes of a huge page.
+const HUGE_SIZE: usize = PAGES * PAGE_SIZE;
 
 /// How often room is made for one call: what was evicted for it may go to somebody else.
 const EVICTIONS: usize = 8;
@@ -122,52 +134,118 @@ pub(crate) fn migrate(
         (uapi::TO_SYSTEM, 0) => false,
         _ => return Err(EINVAL),
     };
-    let mm = mm.mmget_not_zero().ok_or(EINVAL)?;
-    let mut room = Room::<PAGES>::new(range.len() / PAGE_SIZE)?;
+    let pieces = Pieces {
+        session,
+        pagemap,
+        failures,
+        select,
+        huge,
+        owner,
+        towards_device,
+        range,
+    };
 
-    let mmap = mm.mmap_read_lock();
-    let mut addr = range.start;
-    while addr < range.end {
-        let vma = mmap
-            .vma_lookup(addr)
-            .filter(|vma| vma.flags() & flags::READ != 0)
-            .ok_or(EINVAL)?;
-        let piece = addr.saturating_add(PAGES * PAGE_SIZE);
-        // A piece ends where a huge page does, so that none is cut.
-        let piece = if huge {
-            piece / (PAGES * PAGE_SIZE) * (PAGES * PAGE_SIZE)
-        } else {
-            piece
-        };
-        let end = cmp::min(cmp::min(range.end, vma.end()), piece);
+    if huge && (pieces.range.start % HUGE_SIZE != 0 || pieces.range.end % HUGE_SIZE != 0) {
+        pieces.migrate::<{ 2 * PAGES }>(mm, req)
+    } else {
+        pieces.migrate::<PAGES>(mm, req)
+    }
+}
 
-        for attempt in 0..=EVICTIONS {
-            let migration =
-                Migration::collect(&mmap, vma, addr..end, select, owner, &mut room.entries)?;
-            // CAST: `usize` has 64 bits.
-            req.calls += 1;
-            req.collected += migration.cpages() as u64;
-            let (moved, short) = if towards_device {
-                self::to_device(session, pagemap, migration, &mut room.segments, failures)?
-            } else {
-                let moved = to_system(session, pagemap, migration, &mut room.segments, failures)?;
-                (moved, 0)
-            };
-            req.migrated += moved as u64;
+/// What a request comes to.
+struct Pieces<'a> {
+    session: &'a Session<'a>,
+    pagemap: &'a VramPagemap,
+    failures: &'a Failures,
+    select: Select,
+    huge: bool,
+    owner: Option<Owner>,
+    towards_device: bool,
+    range: Range<usize>,
+}
 
-            // With no folio locked any more, what is short can be taken from others.
-            if short == 0 || attempt == EVICTIONS || evict::make_room(session, pagemap, short)? == 0
-            {
-                break;
-            }
+impl Pieces<'_> {
+    /// Where the setup that begins at `addr` ends at the latest.
+    fn end(&self, addr: usize) -> usize {
+        if !self.huge {
+            return addr.saturating_add(HUGE_SIZE);
         }
-
-        addr = end;
-        if addr < range.end && current!().signal_pending() {
-            return Err(EINTR);
+        let next = addr.saturating_add(HUGE_SIZE) / HUGE_SIZE * HUGE_SIZE;
+        match addr % HUGE_SIZE {
+            0 if self.range.end.saturating_sub(next) < HUGE_SIZE => self.range.end,
+            1.. if addr == self.range.start => next.saturating_add(HUGE_SIZE),
+            _ => next,
         }
     }
-    Ok(())
+
+    /// Migrates it in setups of at most `N` pages each.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`migrate`].
+    fn migrate<const N: usize>(&self, mm: &Mm, req: &mut uapi::Migrate) -> Result {
+        let (session, pagemap, range) = (self.session, self.pagemap, &self.range);
+        let mm = mm.mmget_not_zero().ok_or(EINVAL)?;
+        let mut room = Room::<N>::new(range.len() / PAGE_SIZE)?;
+
+        let mmap = mm.mmap_read_lock();
+        let mut addr = range.start;
+        while addr < range.end {
+            let vma = mmap
+                .vma_lookup(addr)
+                .filter(|vma| vma.flags() & flags::READ != 0)
+                .ok_or(EINVAL)?;
+            let end = cmp::min(cmp::min(range.end, vma.end()), self.end(addr));
+
+            for attempt in 0..=EVICTIONS {
+                let migration = Migration::collect(
+                    &mmap,
+                    vma,
+                    addr..end,
+                    self.select,
+                    self.owner,
+                    &mut room.entries,
+                )?;
+                // CAST: `usize` has 64 bits.
+                req.calls += 1;
+                req.collected += migration.cpages() as u64;
+                let (moved, short) = if self.towards_device {
+                    to_device(
+                        session,
+                        pagemap,
+                        migration,
+                        &mut room.segments,
+                        self.failures,
+                    )?
+                } else {
+                    let moved = to_system(
+                        session,
+                        pagemap,
+                        migration,
+                        &mut room.segments,
+                        self.failures,
+                    )?;
+                    (moved, 0)
+                };
+                req.migrated += moved as u64;
+
+                // With no folio locked any more, what is short can be taken from others.
+                if short == 0 {
+                    break;
+                }
+                if attempt == EVICTIONS || evict::make_room(session, pagemap, short)? == 0 {
+                    session.stats.abort_no_room.add(short as u64);
+                    break;
+                }
+            }
+
+            addr = end;
+            if addr < range.end && current!().signal_pending() {
+                return Err(EINTR);
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Decodes [`uapi::Migrate::select`].

@@ -56,7 +56,8 @@ use crate::{
 };
 
 /// How long an access or a snapshot is tried again because the page tables keep changing.
-pub(crate) const STALE_LIMIT: Delta = Delta::from_millis(10_000);
+// CAST: An `i64` holds every `u32`.
+pub(crate) const STALE_LIMIT: Delta = Delta::from_millis(uapi::STALE_LIMIT_MS as i64);
 
 /// The state of the notifier.
 pub(crate) struct Watch {

@@ -47,7 +47,7 @@ use crate::{
     }, //
 };
 
-/// Pages of one migration: as many as a page table has, and as a huge folio.
+/// Pages of one migration, as a rule: as many as a page table has, and as a huge folio.
 pub(crate) const PAGES: usize = 512;
 
 /// [`PAGE_SIZE`] as the device counts.
@@ -69,7 +69,7 @@ impl<const N: usize> Room<N> {
     pub(crate) fn new(pages: usize) -> Result<Self> {
         Ok(Self {
             entries: KBox::init(pin_init::init_zeroed(), GFP_KERNEL)?,
-            segments: KVVec::with_capacity(cmp::min(pages, PAGES), GFP_KERNEL)?,
+            segments: KVVec::with_capacity(cmp::min(pages, N), GFP_KERNEL)?,
         })
     }
 }
@@ -82,7 +82,7 @@ pub(crate) struct Count {
     pub(crate) huge: usize,
 }
 
-/// Copies everything that has a destination, and completes the migration. All copies are one submission for `work`.
+/// Copies everything that has a destination, and completes the migration; counts what does not move. All copies are one submission for `work`.
 ///
 /// # Errors
 ///
@@ -94,9 +94,13 @@ pub(crate) fn run(
     migration: Migration<'_, Collected>,
     segments: &mut KVVec<Segment>,
 ) -> Result<Count> {
-    copy(session, pages, work, &migration, segments)?;
-
+    let stats = &session.stats;
     let collected = migration.cpages();
+    let bound = nr_bound(&migration);
+
+    copy(session, pages, work, &migration, segments)
+        .inspect_err(|_| stats.abort_copy.add(bound as u64))?;
+
     let migration = migration.pages();
     let moved = Count {
         pages: migration.nr_moved(),
@@ -106,11 +110,28 @@ pub(crate) fn run(
     };
     migration.finalize();
 
-    session
-        .stats
+    // CAST: `usize` has 64 bits.
+    stats
         .not_migrated
         .add(collected.saturating_sub(moved.pages) as u64);
+    stats
+        .abort_referenced
+        .add(bound.saturating_sub(moved.pages) as u64);
     Ok(moved)
+}
+
+/// How many pages have a destination, each page of what is huge included.
+fn nr_bound(migration: &Migration<'_, Collected>) -> usize {
+    (0..migration.npages())
+        .filter(|index| !matches!(migration.destination(*index), Destination::None))
+        .map(|index| {
+            if migration.destination_is_huge(index) {
+                PAGES
+            } else {
+                1
+            }
+        })
+        .sum()
 }
 
 /// Gives every destination its contents: all copies in one submission, and one for each run of pages to clear.

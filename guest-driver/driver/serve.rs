@@ -41,7 +41,6 @@ use kernel::{
         atomic::Acquire, //
     },
     time::{
-        Delta,
         Instant,
         Monotonic, //
     }, //
@@ -67,6 +66,7 @@ use crate::{
         self,
         Failures, //
     },
+    mirror::STALE_LIMIT,
     moving::PAGES,
     page_table::{
         Stash,
@@ -84,9 +84,6 @@ use crate::{
         Tables, //
     }, //
 };
-
-/// How long a fault is tried again because the page tables keep changing.
-const STALE_LIMIT: Delta = Delta::from_millis(10_000);
 
 /// [`PAGE_SIZE`] as virtual addresses count.
 const PAGE: u64 = PAGE_SIZE as u64;

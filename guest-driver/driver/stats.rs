@@ -133,4 +133,12 @@ stats! {
     exclusive,
     /// Bytes that the copy engine moved or filled.
     copied,
+    /// Pages that a CPU fault wanted and `migrate_vma_setup()` did not give out.
+    abort_busy,
+    /// Pages that had a destination, and then did not move.
+    abort_referenced,
+    /// Pages for which there was no room.
+    abort_no_room,
+    /// Pages that could not be copied.
+    abort_copy,
 }

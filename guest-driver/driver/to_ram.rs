@@ -150,6 +150,7 @@ fn around_to_ram(
 
     if !matches!(migration.source(touched), Source::Device(_)) {
         // Somebody else was faster, or has a reference; the CPU tries again. The neighbours are his business.
+        session.stats.abort_busy.inc();
         return Ok(());
     }
     // The page that is wanted first: the others come if there is memory for them, too.
@@ -182,6 +183,7 @@ fn page_to_ram(
 
     let Source::Device(_) = migration.source(0) else {
         // Somebody else was faster, or has a reference; the CPU tries again.
+        session.stats.abort_busy.inc();
         return Ok(());
     };
     let page = migration
@@ -190,6 +192,7 @@ fn page_to_ram(
     migration
         .set_system(0, page)
         .and_then(|()| copy_one(session, pages, &migration))
+        .inspect_err(|_| session.stats.abort_copy.inc())
         .map_err(|_| FaultError::Bus)?;
 
     let migration = migration.pages();
@@ -197,6 +200,7 @@ fn page_to_ram(
         session.stats.to_system.inc();
     } else {
         session.stats.not_migrated.inc();
+        session.stats.abort_referenced.inc();
     }
     migration.finalize();
     Ok(())
@@ -214,12 +218,14 @@ fn folio_to_ram(
     // With the reference of the fault the kernel cannot split it later. Should somebody else have one too, the CPU tries
     // again until it is gone.
     if huge.is_none() && fault.split().is_err() {
+        session.stats.abort_busy.add(PAGES as u64);
         return Ok(());
     }
 
     let mut migration = Migration::collect_fault(fault, pages.owner(), &mut room.entries)
         .map_err(|_| FaultError::Bus)?;
     let mut next = 0;
+    let mut found = false;
     while next < migration.npages() {
         let (index, order) = (next, migration.order(next));
 
@@ -227,6 +233,7 @@ fn folio_to_ram(
         if !matches!(migration.source(index), Source::Device(_)) {
             continue;
         }
+        found = true;
         // It may have been split meanwhile.
         let free = match huge.take_if(|_| order != 0) {
             Some(folio) => folio,
@@ -237,6 +244,10 @@ fn folio_to_ram(
         migration
             .set_system(index, free)
             .map_err(|_| FaultError::Bus)?;
+    }
+
+    if !found {
+        session.stats.abort_busy.add(PAGES as u64);
     }
 
     let moved = moving::run(session, pages, Work::Fault, migration, &mut room.segments)

@@ -130,6 +130,10 @@ pub struct Migrate {
 /// [`Migrate`].
 pub const HSGPU_MIGRATE: u32 = iowr(0x80, size_of::<Migrate>());
 
+/// Milliseconds for which the driver tries to serve a device access while what it finds is stale every time. Then it
+/// gives up: [`HSGPU_ACCESS`] with `EBUSY`, a [`Submit`]ted job with [`Status::PageFault`](super::ring::Status::PageFault).
+pub const STALE_LIMIT_MS: u32 = 10_000;
+
 /// A device access, like [`HMM_DMIRROR_READ`], with an owner policy.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
@@ -351,6 +355,16 @@ pub struct Stats {
     pub coherent_free: u64,
     /// Bytes that the copy engine moved or filled for the driver.
     pub copied: u64,
+    /// Pages that a CPU fault wanted and `migrate_vma_setup()` did not give out: somebody else has the lock of the folio,
+    /// unless the fault has it itself, or references beside those of its mappings.
+    pub abort_busy: u64,
+    /// Pages that were collected and given a destination, and then did not move: a reference appeared meanwhile, or what
+    /// the destination was for has changed.
+    pub abort_referenced: u64,
+    /// Pages that were collected and for which there was no room on the device, not even after eviction.
+    pub abort_no_room: u64,
+    /// Pages that were collected and could not be copied.
+    pub abort_copy: u64,
 }
 
 /// Reads [`Stats`].
@@ -422,7 +436,7 @@ const _: () = {
     assert!(size_of::<Policy>() == 24);
     assert!(size_of::<Evict>() == 24);
     assert!(size_of::<PeerMigrate>() == 32);
-    assert!(size_of::<Stats>() == 296);
+    assert!(size_of::<Stats>() == 328);
     // The values of lib/test_hmm_uapi.h.
     assert!(HMM_DMIRROR_READ == 0xc028_4800);
     assert!(HMM_DMIRROR_FLAGS == 0xc028_4808);
