@@ -9,9 +9,10 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 use hmmstorm_abi::uapi;
-use hmmstorm_abi::wire::event::{Event, Measured, Progress};
+use hmmstorm_abi::wire::event::{Event, Measured, Progress, Unserved};
 use serde::{Deserialize, Serialize};
 
+use crate::clock::monotonic_ns;
 use crate::measure::{self, Meter};
 use crate::oracle::Mismatch;
 use crate::sys::memory::Mapping;
@@ -20,6 +21,14 @@ use crate::sys::memory::Mapping;
 const SLOT: usize = 512;
 /// Pages of a worker's slot, so that no two workers share one: counts and finding, then what it measures.
 const SLOT_PAGES: usize = 1 + measure::CELLS.div_ceil(SLOT);
+
+/// Cells of the board's own page: the round, whether to stop, when an operation was last completed, the longest time
+/// between two completions, and when that was over.
+const ROUND: usize = 0;
+const STOP: usize = 1;
+const COMPLETED_AT: usize = 2;
+const GAP: usize = 3;
+const GAP_END: usize = 4;
 
 const BEGUN: usize = 0;
 const COMPLETED: usize = 1;
@@ -53,6 +62,21 @@ pub(crate) enum Finding {
         /// What was expected and what was found.
         detail: String,
     },
+    /// A device access that the driver has given up.
+    Unserved {
+        /// What was called, and on which GPU.
+        call: String,
+        /// First page that it is about.
+        page: u64,
+        /// Guest time that it took, nanoseconds.
+        waited_ns: u64,
+        /// Calls of `hmm_range_fault()` meanwhile.
+        tries: u64,
+        /// Calls of `handle_mm_fault()` by the worker's task.
+        mm_faults: u64,
+        /// The longest part of that time in which no worker completed an operation, nanoseconds.
+        idle_ns: u64,
+    },
     /// The worker cannot go on.
     Failure(String),
 }
@@ -74,6 +98,10 @@ impl Finding {
                 Event::Corruption { worker: worker.to_owned(), page, expected, found }
             }
             Self::Invariant { name, detail } => Event::Invariant { name, detail },
+            Self::Unserved { call, page, waited_ns, tries, mm_faults, idle_ns } => {
+                let worker = worker.to_owned();
+                Event::Unserved(Unserved { worker, call, page, waited_ns, tries, mm_faults, idle_ns })
+            }
             Self::Failure(message) => Event::Error { message: format!("{worker}: {message}") },
         }
     }
@@ -102,11 +130,11 @@ impl Board {
     }
 
     fn round_cell(&self) -> &AtomicU64 {
-        &self.memory.page(0)[0]
+        &self.memory.page(0)[ROUND]
     }
 
     fn stop_cell(&self) -> &AtomicU64 {
-        &self.memory.page(0)[1]
+        &self.memory.page(0)[STOP]
     }
 
     /// Tells workers that go on until they are told to stop, in whatever process they are.
@@ -132,7 +160,7 @@ impl Board {
         assert!(index < self.workers);
         let first = (1 + index * SLOT_PAGES) * SLOT;
         let (counts, measures) = self.memory.cells()[first..first + SLOT_PAGES * SLOT].split_at(SLOT);
-        Slot { counts, meter: Meter::new(measures) }
+        Slot { counts, meter: Meter::new(measures), shared: self.memory.page(0) }
     }
 
     /// Where everything stands.
@@ -173,6 +201,8 @@ impl Board {
 pub(crate) struct Slot<'a> {
     counts: &'a [AtomicU64],
     meter: Meter<'a>,
+    /// The board's own page.
+    shared: &'a [AtomicU64],
 }
 
 impl Slot<'_> {
@@ -206,6 +236,7 @@ impl Slot<'_> {
     pub(crate) fn complete_touch(self) {
         self.meter.complete_touch();
         self.counts[COMPLETED].store(self.begun(), Release);
+        self.note_completion();
     }
 
     /// Notes that the operation that began is complete and right, and how many resolved device faults that makes.
@@ -213,6 +244,32 @@ impl Slot<'_> {
         self.meter.complete(faults);
         self.counts[FAULTS].store(self.counts[FAULTS].load(Relaxed) + faults, Relaxed);
         self.counts[COMPLETED].store(self.begun(), Release);
+        self.note_completion();
+    }
+
+    fn note_completion(self) {
+        let now = monotonic_ns();
+        let before = self.shared[COMPLETED_AT].swap(now, Relaxed);
+        let gap = now.saturating_sub(before);
+        if before != 0 && gap > self.shared[GAP].load(Relaxed) {
+            self.shared[GAP].store(gap, Relaxed);
+            self.shared[GAP_END].store(now, Relaxed);
+        }
+    }
+
+    /// Guest time in which no worker completed an operation, in nanoseconds: the longest piece of the last `window` of them.
+    /// Not more than it was, as the longest one of the run may be older and hide another.
+    pub(crate) fn idle(self, window: u64) -> u64 {
+        let now = monotonic_ns();
+        let from = now.saturating_sub(window);
+        let open = now - self.shared[COMPLETED_AT].load(Relaxed).clamp(from, now);
+        let end = self.shared[GAP_END].load(Relaxed);
+        open.max(self.shared[GAP].load(Relaxed).min(end.saturating_sub(from)))
+    }
+
+    /// Calls of `handle_mm_fault()` by the calling task, which is this worker's, since its operation began.
+    pub(crate) fn mm_faults(self) -> u64 {
+        self.meter.mm_faults()
     }
 
     /// Operations begun.
@@ -266,6 +323,14 @@ fn to_json(finding: &Finding) -> String {
             Finding::Corruption { page: *page, expected: cut(expected), found: cut(found) }
         }
         Finding::Invariant { name, detail } => Finding::Invariant { name: cut(name), detail: cut(detail) },
+        Finding::Unserved { call, page, waited_ns, tries, mm_faults, idle_ns } => Finding::Unserved {
+            call: cut(call),
+            page: *page,
+            waited_ns: *waited_ns,
+            tries: *tries,
+            mm_faults: *mm_faults,
+            idle_ns: *idle_ns,
+        },
         Finding::Failure(message) => Finding::Failure(cut(message)),
     })
 }
@@ -298,6 +363,28 @@ mod tests {
         assert_eq!(board.progress(), expected);
         board.slot(1).complete(1);
         assert_eq!(board.progress().outstanding, 0);
+    }
+
+    #[test]
+    fn idle_is_the_time_without_anybodys_completion() {
+        let board = Board::new(2).expect("mmap");
+        let pause = std::time::Duration::from_millis(40);
+        let ns = pause.as_nanos() as u64;
+        let complete = |worker| {
+            board.slot(worker).begin();
+            board.slot(worker).complete(0);
+        };
+        complete(0);
+        std::thread::sleep(pause);
+        // Still open, and no longer than what is asked for.
+        assert!(board.slot(1).idle(u64::MAX) >= ns);
+        assert_eq!(board.slot(1).idle(1000), 1000);
+        complete(0);
+        let closed = board.slot(1).idle(u64::MAX);
+        assert!(closed >= ns, "{closed}");
+        // One that was over before is nobody's business.
+        std::thread::sleep(pause / 4);
+        assert!(board.slot(1).idle(ns / 8) <= ns / 8);
     }
 
     #[test]

@@ -1,17 +1,18 @@
 //! The GPUs' nodes, `/dev/hmm_dmirror<n>`, as typed calls with errors that say what was asked.
 
 use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use hmmstorm_abi::job::{Job, Outcome};
 use hmmstorm_abi::ring::Status;
-use hmmstorm_abi::uapi;
+use hmmstorm_abi::uapi::{self, PAGE_SIZE};
 use rustix::io::Errno;
 use thiserror::Error;
 
+use crate::clock::monotonic_ns;
 use crate::sys::ioctl;
 use crate::sys::memory::{Addresses, Mapping, PageSpan};
 
@@ -56,6 +57,23 @@ pub(crate) enum GpuError {
         address: u64,
         /// Why.
         source: Errno,
+    },
+    /// The driver gave a device access up: whatever page it got for it was another one by the time it came to use it.
+    #[error(
+        "{call} on GPU {gpu}, page {page}: not served in {:.1} s and {tries} calls of hmm_range_fault()",
+        *waited_ns as f64 / 1e9
+    )]
+    Unserved {
+        /// Its name.
+        call: &'static str,
+        /// The GPU.
+        gpu: usize,
+        /// First page that it is about.
+        page: usize,
+        /// Guest time that it took, nanoseconds.
+        waited_ns: u64,
+        /// Calls of `hmm_range_fault()` meanwhile.
+        tries: u64,
     },
     /// A job failed.
     #[error("a job on GPU {gpu} ended with `{status}` after {done} accesses: {job:?}")]
@@ -123,6 +141,7 @@ impl GpuError {
             | Self::Submit { source, .. }
             | Self::Wait { source, .. }
             | Self::Policy { source, .. } => Some(*source),
+            Self::Unserved { .. } => Some(Errno::BUSY),
             Self::Open { .. } | Self::Memory(_) | Self::Job { .. } => None,
         }
     }
@@ -143,6 +162,11 @@ impl Owner {
             Self::Own => uapi::OWNER_OWN,
             Self::None => uapi::OWNER_NONE,
         }
+    }
+
+    /// What the driver does at faults of jobs whose owner this is: one page at a time, at `placement`, however often.
+    pub(crate) fn policy(self, placement: u32) -> uapi::Policy {
+        uapi::Policy { chunk: PAGE_SIZE as u64, placement, owner: self.to_abi(), limit: 0, window_ms: 100 }
     }
 }
 
@@ -215,31 +239,50 @@ impl Gpu {
     /// Has the GPU read `range` into `buffer`.
     ///
     /// # Errors
-    /// [`GpuError::Call`].
+    /// [`GpuError::Unserved`], [`GpuError::Call`].
     pub(crate) fn read(
         &self,
         range: PageSpan<'_>,
         buffer: &Mapping,
         owner: Owner,
     ) -> Result<uapi::Access, GpuError> {
-        let request = uapi::Access { write: 0, owner: owner.to_abi(), ..Default::default() };
-        ioctl::access(&self.file, range, buffer, request)
-            .map_err(self.call_error("HSGPU_ACCESS (read)", range))
+        self.access("HSGPU_ACCESS (read)", 0, range, buffer, owner)
     }
 
     /// Has the GPU write `buffer` to `range`.
     ///
     /// # Errors
-    /// [`GpuError::Call`].
+    /// [`GpuError::Unserved`], [`GpuError::Call`].
     pub(crate) fn write(
         &self,
         range: PageSpan<'_>,
         buffer: &Mapping,
         owner: Owner,
     ) -> Result<uapi::Access, GpuError> {
-        let request = uapi::Access { write: 1, owner: owner.to_abi(), ..Default::default() };
-        ioctl::access(&self.file, range, buffer, request)
-            .map_err(self.call_error("HSGPU_ACCESS (write)", range))
+        self.access("HSGPU_ACCESS (write)", 1, range, buffer, owner)
+    }
+
+    fn access(
+        &self,
+        call: &'static str,
+        write: u32,
+        range: PageSpan<'_>,
+        buffer: &Mapping,
+        owner: Owner,
+    ) -> Result<uapi::Access, GpuError> {
+        let mut request = uapi::Access { write, owner: owner.to_abi(), ..Default::default() };
+        let began = monotonic_ns();
+        match ioctl::access(&self.file, range, buffer, &mut request) {
+            Ok(()) => Ok(request),
+            Err(Errno::BUSY) => Err(GpuError::Unserved {
+                call,
+                gpu: self.index,
+                page: range.first(),
+                waited_ns: monotonic_ns() - began,
+                tries: request.faults,
+            }),
+            Err(source) => Err(self.call_error(call, range)(source)),
+        }
     }
 
     /// Has the driver lock the folio of each page of `range` in turn, `times` times all together, for `hold`, with `gap`
@@ -275,7 +318,7 @@ impl Gpu {
     /// # Errors
     /// [`GpuError::Call`], [`GpuError::Memory`].
     pub(crate) fn holds(&self, range: PageSpan<'_>) -> Result<usize, GpuError> {
-        let buffer = Mapping::private(range.pages().div_ceil(uapi::PAGE_SIZE)).map_err(GpuError::Memory)?;
+        let buffer = Mapping::private(range.pages().div_ceil(PAGE_SIZE)).map_err(GpuError::Memory)?;
         ioctl::snapshot(&self.file, range, &buffer)
             .map_err(self.call_error("HMM_DMIRROR_SNAPSHOT", range))?;
         let local = |&byte: &u8| {
@@ -308,15 +351,38 @@ impl Gpu {
         Ok(Running { gpu: self, handle: submitted.handle, job })
     }
 
-    /// Runs an access job over `range` in this thread, which serves its page faults, too.
+    /// Runs an access job over `range`, whose addresses are all valid, in this thread, which serves its page faults, too.
     ///
     /// # Errors
-    /// [`GpuError::Call`], [`GpuError::Job`].
+    /// [`GpuError::Unserved`], [`GpuError::Call`], [`GpuError::Job`].
     pub(crate) fn run_here(&self, range: PageSpan<'_>, job: Job) -> Result<Outcome, GpuError> {
         let request = uapi::Submit { flags: uapi::SUBMIT_DIRECT, ..Default::default() };
+        let (began, faults) = (monotonic_ns(), self.stats()?.device_faults);
         let submitted = ioctl::submit(&self.file, range, job, request)
             .map_err(self.call_error("HSGPU_SUBMIT (direct)", range))?;
-        Running { gpu: self, handle: submitted.handle, job }.wait()
+        let (status, outcome) = Running { gpu: self, handle: submitted.handle, job }.end()?;
+        let waited_ns = monotonic_ns() - began;
+        // A fault that takes so long to be cancelled was no bad address.
+        let given_up = waited_ns >= u64::from(uapi::STALE_LIMIT_MS) * 1_000_000;
+        if status == Status::PageFault as u32 && given_up {
+            return Err(GpuError::Unserved {
+                call: "HSGPU_SUBMIT (direct)",
+                gpu: self.index,
+                page: range.first(),
+                waited_ns,
+                tries: self.stats()?.device_faults - faults,
+            });
+        }
+        self.judge(job, status, outcome)
+    }
+
+    fn judge(&self, job: Job, status: u32, outcome: Outcome) -> Result<Outcome, GpuError> {
+        if status == Status::Ok as u32 {
+            Ok(outcome)
+        } else {
+            let (gpu, status) = (self.index, status_name(status));
+            Err(GpuError::Job { gpu, job, status, done: outcome.done })
+        }
     }
 
     /// Sets what the driver does when the GPU faults in this address space.
@@ -378,13 +444,9 @@ impl Running<'_> {
     /// # Errors
     /// [`GpuError::Job`] if it failed, [`GpuError::Wait`].
     pub(crate) fn wait(self) -> Result<Outcome, GpuError> {
-        let (gpu, job) = (self.gpu.index, self.job);
+        let (gpu, job) = (self.gpu, self.job);
         let (status, outcome) = self.end()?;
-        if status == Status::Ok as u32 {
-            Ok(outcome)
-        } else {
-            Err(GpuError::Job { gpu, job, status: status_name(status), done: outcome.done })
-        }
+        gpu.judge(job, status, outcome)
     }
 
     /// Waits for its end, however it ends: [`uapi::Wait::status`] and what came out. Of a GPU that was unbound meanwhile,
@@ -413,6 +475,19 @@ fn status_name(status: u32) -> String {
         code => Status::from_u32(code)
             .map_or_else(|| format!("unknown status {code}"), |status| format!("{status:?}")),
     }
+}
+
+/// The driver's counters of every GPU as debugfs has them: no node is opened, so nothing of the process that asks is tied to
+/// the driver, and nothing is waited for. None where there is no driver.
+pub(crate) fn counters() -> Vec<BTreeMap<String, u64>> {
+    let pair = |line: &str| -> Option<(String, u64)> {
+        let (name, value) = line.split_once(' ')?;
+        Some((name.to_owned(), value.trim().parse().ok()?))
+    };
+    (0..)
+        .map_while(|gpu| fs::read_to_string(format!("/sys/kernel/debug/hsgpu{gpu}/stats")).ok())
+        .map(|text| text.lines().filter_map(pair).collect())
+        .collect()
 }
 
 /// The driver's counters of every GPU.

@@ -118,6 +118,11 @@ impl<'a> Meter<'a> {
         self.complete(u64::from(self.get(FAULTS_AFTER) > self.get(FAULTS_BEFORE)));
     }
 
+    /// Calls of `handle_mm_fault()` by the calling task since the operation began.
+    pub(crate) fn mm_faults(self) -> u64 {
+        Usage::of_this_thread().faults.saturating_sub(self.get(FAULTS_BEFORE))
+    }
+
     fn look_at_switches(self, usage: Usage, now: u64) {
         if usage.switches != self.get(SWITCHES) {
             self.set(SWITCHES, usage.switches);

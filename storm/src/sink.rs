@@ -70,6 +70,16 @@ fn render(event: &Event, terminal: bool) -> String {
                 "{clear}CORRUPTION: {worker} found page {page} wrong\n  expected: {expected}\n  found:    {found}\n"
             )
         }
+        Event::Unserved(unserved) => format!(
+            "{clear}UNSERVED: {}: {}, page {}, given up after {:.1} s, {} calls of hmm_range_fault() and {} of handle_mm_fault(); {:.1} s without anybody's completion\n",
+            unserved.worker,
+            unserved.call,
+            unserved.page,
+            unserved.waited_ns as f64 / 1e9,
+            unserved.tries,
+            unserved.mm_faults,
+            unserved.idle_ns as f64 / 1e9
+        ),
         Event::Tests { names } => format!("{clear}{} tests\n", names.len()),
         Event::Sample { series, round, name, value } => {
             format!("{clear}{series}, round {round}: {name} {value:.3}\n")
@@ -97,7 +107,7 @@ fn render(event: &Event, terminal: bool) -> String {
         }
         Event::Error { message } => format!("{clear}storm: {message}\n"),
         Event::Measured(measured) => format!("{clear}{}", describe_measured(measured)),
-        Event::Hello { .. } | Event::Bound { .. } | Event::Bye => String::new(),
+        Event::Hello { .. } | Event::Bound { .. } | Event::Counters { .. } | Event::Bye => String::new(),
     }
 }
 

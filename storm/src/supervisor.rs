@@ -108,6 +108,12 @@ pub(crate) fn supervise(
         for (worker, finding) in board.findings() {
             let failed = matches!(finding, Finding::Failure(_));
             if !std::mem::replace(&mut told[worker], true) {
+                if matches!(finding, Finding::Unserved { .. }) {
+                    // What others completed meanwhile, and what the driver did, up to this moment.
+                    emit(Event::Progress(board.progress()))?;
+                    emit(Event::Measured(board.measured()))?;
+                    emit(Event::Counters { stats: gpu::counters() })?;
+                }
                 emit(finding.into_event(&names[worker]))?;
             }
             // An oracle's word counts for more than what failed after it.
@@ -148,6 +154,7 @@ pub(crate) fn supervise(
             emit(Event::Progress(progress))?;
             if still == STILL_BEATS {
                 emit(Event::Measured(board.measured()))?;
+                emit(Event::Counters { stats: gpu::counters() })?;
             }
             // The next beat that is still to come: a late one is not made up for by two.
             while next <= monotonic_ns() {

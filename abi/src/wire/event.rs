@@ -114,6 +114,13 @@ pub enum Event {
         /// What was expected and what was found.
         detail: String,
     },
+    /// A device access that the driver has given up. The run ends; the verdict depends on what others did meanwhile.
+    Unserved(Unserved),
+    /// Counters of each GPU's driver, by name: whenever nothing has completed for a while, and before [`Event::Unserved`].
+    Counters {
+        /// One entry a GPU.
+        stats: Vec<BTreeMap<String, u64>>,
+    },
     /// What the workers measured so far: before [`Event::Done`], and whenever nothing has completed for a while, since a
     /// guest that hangs says nothing more.
     Measured(Measured),
@@ -133,6 +140,26 @@ pub enum Event {
     },
     /// PID 1 powers the machine off.
     Bye,
+}
+
+/// A device access for which the driver got no page that it could use, for as long as it tries
+/// ([`STALE_LIMIT_MS`](crate::uapi::STALE_LIMIT_MS)).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unserved {
+    /// Who asked for it.
+    pub worker: String,
+    /// What was called, and on which GPU.
+    pub call: String,
+    /// Page index in the scenario's mapping.
+    pub page: u64,
+    /// Guest time that it took, nanoseconds.
+    pub waited_ns: u64,
+    /// Calls of `hmm_range_fault()` meanwhile: for this access, or where only the GPU's are counted, for all of its own.
+    pub tries: u64,
+    /// Calls of `handle_mm_fault()` by the task that asked: one `hmm_range_fault()` may make any number.
+    pub mm_faults: u64,
+    /// The longest part of that time in which no worker completed an operation, nanoseconds.
+    pub idle_ns: u64,
 }
 
 /// Where the workers of a scenario stand.

@@ -65,7 +65,7 @@ pub struct Record {
     pub measures: Measures,
     /// The device's counters at the end, by GPU.
     pub device: Vec<GpuStats>,
-    /// The driver's counters at the end, by GPU; empty unless the scenario finished.
+    /// The driver's counters by GPU: at the end, or the last that were told before a hang.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub driver: Vec<BTreeMap<String, u64>>,
     /// What each CPU did since the last completion, if nothing completed for a while.

@@ -136,6 +136,10 @@ fn storm(told: &[Told], events: &mut Vec<Value>) {
                 events.push(instant(*t, "corruption", says));
             }
             Event::Invariant { name, detail } => events.push(instant(*t, name, detail.clone())),
+            Event::Unserved(unserved) => {
+                let says = format!("{}: {}, page {}", unserved.worker, unserved.call, unserved.page);
+                events.push(instant(*t, "unserved", says));
+            }
             Event::Error { message } => events.push(instant(*t, "error", message.clone())),
             Event::Done { .. } => close(&mut phase, *t, events),
             _ => {}

@@ -144,6 +144,16 @@ impl WorkError {
             Self::Invariant { name, detail } => {
                 slot.post(&Finding::Invariant { name: (*name).to_owned(), detail: detail.clone() });
             }
+            Self::Gpu(GpuError::Unserved { call, gpu, page, waited_ns, tries }) => {
+                slot.post(&Finding::Unserved {
+                    call: format!("{call} on GPU {gpu}"),
+                    page: *page as u64,
+                    waited_ns: *waited_ns,
+                    tries: *tries,
+                    mm_faults: slot.mm_faults(),
+                    idle_ns: slot.idle(*waited_ns),
+                });
+            }
             other => slot.post(&Finding::Failure(other.to_string())),
         }
     }

@@ -44,7 +44,8 @@ pub(crate) fn migrate(
     Ok(request)
 }
 
-/// [`uapi::HSGPU_ACCESS`]: the device reads `range` into `buffer`, or (`request.write`) writes `buffer` to `range`.
+/// [`uapi::HSGPU_ACCESS`]: the device reads `range` into `buffer`, or (`request.write`) writes `buffer` to `range`. How far
+/// it came is in `request` in any case.
 ///
 /// # Errors
 /// `EINVAL` for a buffer shorter than the range; else what the driver answers.
@@ -52,18 +53,17 @@ pub(crate) fn access(
     fd: impl AsFd,
     range: PageSpan<'_>,
     buffer: &Mapping,
-    request: uapi::Access,
-) -> io::Result<uapi::Access> {
+    request: &mut uapi::Access,
+) -> io::Result<()> {
     let buffer = buffer.span(0..range.pages()).ok_or(io::Errno::INVAL)?;
-    let mut request = uapi::Access {
+    *request = uapi::Access {
         addr: range.address(),
         ptr: buffer.address(),
         npages: range.pages() as u64,
-        ..request
+        ..*request
     };
     // SAFETY: HSGPU_ACCESS takes an `Access`; it stores into `range` or `buffer`, both in mappings and long enough.
-    unsafe { update::<{ uapi::HSGPU_ACCESS }, _>(fd, &mut request) }?;
-    Ok(request)
+    unsafe { update::<{ uapi::HSGPU_ACCESS }, _>(fd, request) }
 }
 
 /// [`uapi::HSGPU_ACCESS`] to read: the device reads `range`, whatever is there, into `buffer`.

@@ -209,7 +209,7 @@ impl<'a> Watcher<'a> {
             }
             Event::Start { parameters, .. } => self.parameters = Some(parameters.clone()),
             Event::Measured(measured) => self.measured = Some(measured.clone()),
-            Event::Done { stats, .. } => self.driver.clone_from(stats),
+            Event::Counters { stats } | Event::Done { stats, .. } => self.driver.clone_from(stats),
             _ => {}
         }
         self.judge.observe(at, Observation::Storm(record));

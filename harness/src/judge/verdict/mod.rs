@@ -6,6 +6,7 @@ mod span;
 mod state;
 mod stuck;
 mod types;
+mod unserved;
 
 use std::time::Duration;
 
@@ -153,7 +154,8 @@ impl Judge {
             .defects
             .first()
             .is_some_and(|defect| host.saturating_sub(defect.seen) >= self.limits.no_progress);
-        if crash || error || corrupt || self.starved().is_some() {
+        let unserved = state.unserved.as_ref().is_some_and(|(at, _)| settled(*at));
+        if crash || error || corrupt || unserved || self.starved().is_some() {
             return Some(self.conclude(host));
         }
         let stuck = stuck::examine(state, &self.limits, host);
@@ -169,8 +171,11 @@ impl Judge {
     #[must_use]
     pub fn conclude(&self, host: Duration) -> Judgement {
         let judgement = if self.bench_failed_first() { self.bench_failed() } else { self.defective() };
-        let judgement =
-            judgement.or_else(|| self.bench_failed()).or_else(|| self.starved()).or_else(|| self.passed());
+        let judgement = judgement
+            .or_else(|| unserved::judge(&self.state, &self.limits))
+            .or_else(|| self.bench_failed())
+            .or_else(|| self.starved())
+            .or_else(|| self.passed());
         self.finish(judgement.unwrap_or_else(|| self.unfinished(host)))
     }
 

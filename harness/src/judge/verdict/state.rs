@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use hmmstorm_abi::wire::control::GpuStats;
-use hmmstorm_abi::wire::event::{Event, Progress, Record};
+use hmmstorm_abi::wire::event::{Event, Progress, Record, Unserved};
 
 use super::types::{Ended, Observation, Recovered};
 use crate::judge::console::Finding;
@@ -46,6 +46,10 @@ pub(super) struct State {
     pub(super) bye: bool,
     pub(super) error: Option<(Duration, String)>,
     pub(super) defects: Vec<Defect>,
+    /// The first access that the driver gave up, and when that was seen.
+    pub(super) unserved: Option<(Duration, Unserved)>,
+    /// Faults that the drivers of all GPUs have counted, and when they were asked.
+    pub(super) driver_faults: Vec<(u64, u64)>,
     pub(super) device: Vec<GpuStats>,
     /// Since when the device has had work queued and completed none.
     pub(super) queued_since: Option<Moment>,
@@ -141,6 +145,15 @@ impl State {
             }
             Event::Error { message } => {
                 self.error.get_or_insert((self.now.host, message));
+            }
+            Event::Unserved(unserved) => {
+                self.unserved.get_or_insert((self.now.host, unserved));
+            }
+            Event::Counters { stats } => {
+                let faults = |gpu: &std::collections::BTreeMap<String, u64>| {
+                    ["cpu_faults", "device_faults"].iter().filter_map(|name| gpu.get(*name)).sum::<u64>()
+                };
+                self.driver_faults.push((record.t, stats.iter().map(faults).sum()));
             }
             Event::Measured(_) => {}
             Event::Bye => self.bye = true,

@@ -18,7 +18,8 @@ use crate::judge::sampler::CpuSummary;
 pub enum Verdict {
     /// The workload finished and every oracle holds.
     Pass,
-    /// No completion with work outstanding, and CPUs spin in one kernel call tree.
+    /// No completion with work outstanding, and CPUs spin in one kernel call tree, or device faults are made again and again
+    /// in vain.
     Livelock,
     /// No completion, CPUs idle, tasks in D.
     Deadlock,

@@ -167,7 +167,7 @@ fn reading(report: &Report) -> Markup {
     let says = |verdict: Verdict| match verdict {
         Verdict::Pass => "the workload finished and every check held",
         Verdict::Livelock => {
-            "nothing completed any more while CPUs spun in one kernel call tree, and the kernel's own detector spoke of them"
+            "nothing completed any more while CPUs spun in one kernel call tree, and the kernel's own detector spoke of them; or while device faults were made again and again in vain, until the driver gave up"
         }
         Verdict::Deadlock => "nothing completed any more, all CPUs were idle, tasks slept uninterruptibly",
         Verdict::Starvation => "progress in total, but a worker had none for too long",
