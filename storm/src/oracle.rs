@@ -7,6 +7,8 @@
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+use hmmstorm_abi::uapi::PAGE_SIZE;
+
 use crate::rng::mix;
 
 /// What a page holds: which page it is, and which writing of it.
@@ -81,6 +83,11 @@ impl Stamp {
 }
 
 impl Stamp {
+    /// Wrapping sum of the words: what a GPU's job that loads them all makes of them.
+    pub(crate) fn sum(self) -> u64 {
+        self.words().take(PAGE_SIZE / size_of::<u64>()).fold(0, u64::wrapping_add)
+    }
+
     /// Index of the page in its mapping.
     pub(crate) fn index(self) -> u64 {
         self.page & u64::from(u32::MAX)

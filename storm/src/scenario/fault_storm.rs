@@ -1,5 +1,7 @@
 //! `fault-storm`: processes and threads fault on the same device pages, by CPU and GPU, while they migrate.
 
+use hmmstorm_abi::uapi;
+
 use super::access::Faults;
 use super::definition::Parameters;
 use super::ksm::Ksm;
@@ -27,6 +29,8 @@ pub(crate) struct FaultStorm {
     sharing: Sharing,
     faults: Faults,
     writes: u64,
+    /// GPUs read by jobs.
+    jobs: bool,
     machine: Machine,
 }
 
@@ -40,6 +44,7 @@ impl FaultStorm {
             sharing: if parameters.choice("sharing") == "ksm" { Sharing::Ksm } else { Sharing::Fork },
             faults: Faults::from_parameters(parameters),
             writes: parameters.integer("writes"),
+            jobs: parameters.choice("device") == "job",
             machine,
         }
     }
@@ -75,7 +80,15 @@ impl FaultStorm {
                 )?;
             }
         }
-        Counts::now()?.check(before, self.faults)
+        Counts::now()?.check(before, self.faults, self.jobs)
+    }
+
+    fn open(&self, gpu: usize) -> Result<Gpu, WorkError> {
+        let gpu = Gpu::open(gpu)?;
+        if self.jobs {
+            gpu.set_policy(Owner::Own.policy(uapi::PLACE_MIGRATE))?;
+        }
+        Ok(gpu)
     }
 
     fn map(&self) -> Result<Mapping, WorkError> {
@@ -89,6 +102,7 @@ struct Counts {
     to_device: u64,
     cpu_faults: u64,
     device_faults: u64,
+    jobs: u64,
 }
 
 impl Counts {
@@ -98,11 +112,12 @@ impl Counts {
             to_device: stats.iter().map(|s| s.to_device).sum(),
             cpu_faults: stats.iter().map(|s| s.cpu_faults).sum(),
             device_faults: stats.iter().map(|s| s.device_faults).sum(),
+            jobs: stats.iter().map(|s| s.gpu_faults).sum(),
         })
     }
 
     /// A storm in which nothing faulted proves nothing.
-    fn check(self, before: Self, faults: Faults) -> Result<(), WorkError> {
+    fn check(self, before: Self, faults: Faults, jobs: bool) -> Result<(), WorkError> {
         let counts = [
             ("page went to a device", self.to_device - before.to_device, true),
             (
@@ -111,6 +126,7 @@ impl Counts {
                 faults != Faults::Device,
             ),
             ("device fault was made", self.device_faults - before.device_faults, faults != Faults::Cpu),
+            ("job of a GPU faulted", self.jobs - before.jobs, jobs && faults != Faults::Cpu),
         ];
         match counts.iter().find(|(_, count, wanted)| *wanted && *count == 0) {
             Some((what, ..)) => Err(WorkError::Condition(format!("not one {what}: there was no storm"))),
@@ -152,7 +168,7 @@ impl<'a> Worker<'a> {
             range,
             member,
             rng: Rng::new(context.seed, 1 + member.number as u64),
-            gpus: (0..scenario.machine.gpus).map(Gpu::open).collect::<Result<_, _>>()?,
+            gpus: (0..scenario.machine.gpus).map(|gpu| scenario.open(gpu)).collect::<Result<_, _>>()?,
             buffer: Mapping::private(1).map_err(WorkError::system("mmap of a worker's buffer"))?,
             order: (0..range.pages()).collect(),
         })
@@ -193,6 +209,7 @@ impl<'a> Worker<'a> {
         match (by_cpu, writes) {
             (true, false) => self.range.check_by_cpu(page, slot)?,
             (true, true) => self.range.write_by_cpu(page, slot),
+            (false, false) if self.scenario.jobs => self.range.check_by_job(page, gpu, slot)?,
             (false, false) => self.range.check_by_gpu(page, gpu, &self.buffer, Owner::Own, slot)?,
             (false, true) => self.range.write_by_gpu(page, gpu, &self.buffer, slot)?,
         }

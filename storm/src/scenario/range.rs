@@ -11,6 +11,7 @@ use std::sync::atomic::fence;
 use hmmstorm_abi::uapi::SELECT_SYSTEM;
 
 use super::WorkError;
+use super::access::{check_sum, page_sum};
 use crate::board::Slot;
 use crate::gpu::{Gpu, Owner};
 use crate::oracle::{Mismatch, Stamp};
@@ -173,6 +174,33 @@ impl Range {
         Ok(())
     }
 
+    /// Has `gpu` load all of `page` by a job of its own, whose faults this thread serves, and checks the sum of its words,
+    /// unless somebody writes it meanwhile: an operation in `slot`.
+    ///
+    /// # Errors
+    /// [`WorkError::Word`], and those of the GPU.
+    pub(crate) fn check_by_job(&self, page: usize, gpu: &Gpu, slot: Slot<'_>) -> Result<(), WorkError> {
+        let before = self.ledger[page].load(Acquire);
+        let span = self.span(page..page + 1)?;
+        slot.begin();
+        let outcome = gpu.run_here(span, page_sum(span))?;
+        slot.returned();
+        let checked = check_sum(self.stamp(page, before), &outcome, gpu);
+        if !self.is_written_since(page, before) {
+            checked?;
+        }
+        slot.complete(u64::from(outcome.faults > 0));
+        Ok(())
+    }
+
+    /// Whether somebody has written `page`, or does, since its entry was `before`, which is what decides about contents that
+    /// were read in between.
+    fn is_written_since(&self, page: usize, before: u64) -> bool {
+        // The contents come before the second look.
+        fence(Acquire);
+        before & WRITING != 0 || self.ledger[page].load(Relaxed) != before
+    }
+
     /// Has `gpu` take those of `pages` that are in system memory: an operation in `slot`. That some stay is no error.
     ///
     /// # Errors
@@ -226,10 +254,8 @@ impl Range {
     ) -> Result<(), WorkError> {
         let before = self.ledger[page].load(Acquire);
         let result: Result<(), Mismatch> = self.stamp(page, before).check(read()?);
-        // The contents come before the second look.
-        fence(Acquire);
         match result {
-            Err(mismatch) if before & WRITING == 0 && self.ledger[page].load(Relaxed) == before => {
+            Err(mismatch) if !self.is_written_since(page, before) => {
                 Err(WorkError::Data { mismatch, seen: seen() })
             }
             _ => Ok(()),

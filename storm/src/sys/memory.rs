@@ -117,14 +117,30 @@ impl<C: Cell> Mapping<C> {
     /// # Errors
     /// Of `mmap`, `munmap`, `mprotect`, `madvise`; `EINVAL` for a kernel without transparent huge pages.
     pub(crate) fn blocks(blocks: usize, huge: bool) -> io::Result<Self> {
-        let pages = blocks * BLOCK_PAGES;
-        let (length, block) = (pages * PAGE_SIZE, BLOCK_PAGES * PAGE_SIZE);
+        let advice = if huge { Advice::LinuxHugepage } else { Advice::LinuxNoHugepage };
+        Self::aligned(blocks * BLOCK_PAGES, 0, advice)
+    }
+
+    /// A small page and 2 MiB, aligned to that, of private memory side by side: the page in front (`before`) or behind.
+    /// Huge pages are asked for in all of it, since it is one VMA; there is room for one.
+    ///
+    /// # Errors
+    /// As [`Mapping::blocks`].
+    pub(crate) fn block_beside_page(before: bool) -> io::Result<Self> {
+        Self::aligned(BLOCK_PAGES + 1, usize::from(before), Advice::LinuxHugepage)
+    }
+
+    /// `pages` private pages, the one with index `lead` aligned to 2 MiB.
+    fn aligned(pages: usize, lead: usize, advice: Advice) -> io::Result<Self> {
+        let (length, lead, block) = (pages * PAGE_SIZE, lead * PAGE_SIZE, BLOCK_PAGES * PAGE_SIZE);
         let all = length + block + 2 * PAGE_SIZE;
         // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
         let outer =
             unsafe { mm::mmap_anonymous(std::ptr::null_mut(), all, ProtFlags::empty(), MapFlags::PRIVATE) }?;
-        let first = outer.wrapping_byte_add(PAGE_SIZE);
-        let inner = first.wrapping_byte_add(first.addr().next_multiple_of(block) - first.addr());
+        let first = outer.wrapping_byte_add(PAGE_SIZE + lead);
+        let inner = first
+            .wrapping_byte_add(first.addr().next_multiple_of(block) - first.addr())
+            .wrapping_byte_sub(lead);
         // What stands before one guard page and behind the other is given back, as the others have it.
         let before = inner.addr() - PAGE_SIZE - outer.addr();
         let behind = all - before - length - 2 * PAGE_SIZE;
@@ -139,7 +155,6 @@ impl<C: Cell> Mapping<C> {
         let mapping = Self { base, pages, cells: PhantomData };
         // SAFETY: as above.
         unsafe { mm::mprotect(inner, length, MprotectFlags::READ | MprotectFlags::WRITE) }?;
-        let advice = if huge { Advice::LinuxHugepage } else { Advice::LinuxNoHugepage };
         mapping.advise(0..pages, advice)?;
         Ok(mapping)
     }
@@ -340,6 +355,23 @@ mod tests {
         let maps = std::fs::read_to_string("/proc/self/maps").expect("maps");
         let vma = format!("{:x}-{:x} rw-p", mapping.address(0), mapping.address(2 * BLOCK_PAGES));
         assert!(maps.contains(&vma), "no VMA {vma} in:\n{maps}");
+    }
+
+    #[test]
+    fn a_block_beside_a_page_is_one_vma_with_an_aligned_block() {
+        for before in [true, false] {
+            let Ok(mapping) = Mapping::<AtomicU64>::block_beside_page(before) else {
+                println!("skipped: no transparent huge pages here");
+                return;
+            };
+            let block = mapping.address(usize::from(before));
+            assert_eq!(block % (BLOCK_PAGES * PAGE_SIZE) as u64, 0);
+            mapping.page(BLOCK_PAGES)[0].store(1, Relaxed);
+            mapping.page(0)[0].store(1, Relaxed);
+            let maps = std::fs::read_to_string("/proc/self/maps").expect("maps");
+            let vma = format!("{:x}-{:x} rw-p", mapping.address(0), mapping.address(BLOCK_PAGES + 1));
+            assert!(maps.contains(&vma), "no VMA {vma} in:\n{maps}");
+        }
     }
 
     #[test]

@@ -1,16 +1,17 @@
 //! The faulters: device reads of pages that somebody is migrating.
 
-use hmmstorm_abi::uapi::PAGE_SIZE;
+use hmmstorm_abi::uapi;
 
-use super::{DrainLivelock, FOREIGN, HOLDER, Reader, idle};
+use super::{DrainLivelock, FOREIGN, HOLDER, LEAD_LOOKS, Reader, Start, idle};
 use crate::board::Slot;
 use crate::gpu::{Gpu, Owner};
 use crate::machine::pin;
 use crate::oracle::Stamp;
 use crate::rng::Rng;
 use crate::scenario::WorkError;
+use crate::scenario::access::{check_sum, page_sum};
 use crate::scenario::gate::{END, Gate};
-use crate::sys::memory::Mapping;
+use crate::sys::memory::{Mapping, PageSpan};
 use crate::sys::process::run_real_time;
 
 /// What a faulter does at a stage; see [`stage`].
@@ -52,6 +53,8 @@ pub(super) struct Faulter<'a> {
     pub(super) mapping: &'a Mapping,
     pub(super) gate: &'a Gate,
     pub(super) slot: Slot<'a>,
+    /// The migrator's place on the board.
+    pub(super) migrator: Slot<'a>,
     /// Its number, from 0.
     pub(super) number: usize,
     pub(super) seed: u64,
@@ -74,7 +77,7 @@ impl Faulter<'_> {
         }
         let reader = Reading::new(self)?;
         let mut rng = Rng::new(self.seed, self.crew << 8 | (self.number as u64 + 1));
-        let mut last = 0;
+        let (mut last, mut begun) = (0, 0);
         loop {
             last = self.gate.await_stage(last).map_err(WorkError::system("futex wait of a faulter"))?;
             match last {
@@ -84,9 +87,11 @@ impl Faulter<'_> {
                     Step::Prepare => {
                         self.check_system_page()?;
                         reader.prepare()?;
+                        begun = self.migrator.begun();
                     }
                     Step::Read => {
-                        idle(rng.up_to(self.scenario.jitter));
+                        self.await_migration(begun);
+                        idle(rng.up_to(self.scenario.jitter * self.scenario.patience()));
                         self.scenario
                             .overlapping_reads(self.number)
                             .try_for_each(|page| reader.read(page))?;
@@ -97,6 +102,18 @@ impl Faulter<'_> {
                 },
             }
             self.gate.done(self.number, last);
+        }
+    }
+
+    /// With a huge folio, waits until the mixed migration is about to begin, which is the migrator's next operation after
+    /// `begun`: before that, one read would take the only device folio away from it.
+    fn await_migration(&self, begun: u64) {
+        let looks = if self.scenario.huge { LEAD_LOOKS } else { 0 };
+        for _ in 0..looks {
+            if self.migrator.begun() > begun {
+                return;
+            }
+            std::hint::spin_loop();
         }
     }
 
@@ -128,14 +145,12 @@ impl<'a> Reading<'a> {
             Reader::Own => (HOLDER, Owner::Own),
         };
         let page = || Mapping::private(1).map_err(WorkError::system("mmap of a faulter's page"));
-        Ok(Self {
-            faulter,
-            gpu: Gpu::open(index)?,
-            owner,
-            buffer: page()?,
-            scratch: page()?,
-            untouched: page()?,
-        })
+        let gpu = Gpu::open(index)?;
+        if faulter.scenario.start == Start::Job {
+            // A job's page comes to system memory, as a call's does.
+            gpu.set_policy(owner.policy(uapi::PLACE_STAY))?;
+        }
+        Ok(Self { faulter, gpu, owner, buffer: page()?, scratch: page()?, untouched: page()? })
     }
 
     /// One read of an ordinary page, checked: whatever the path needs for the first time, it gets here and not in a round.
@@ -144,12 +159,33 @@ impl<'a> Reading<'a> {
         stamp.write(self.scratch.page(0));
         let span =
             self.scratch.span(0..1).ok_or_else(|| WorkError::Condition("no scratch page".to_owned()))?;
-        self.gpu.read(span, &self.buffer, self.owner)?;
-        stamp.check(self.buffer.page(0)).map_err(WorkError::seen(format!(
-            "a faulter's own page of {PAGE_SIZE} bytes, read by GPU {}",
-            self.gpu.index()
-        )))?;
+        self.load(span, stamp)?;
         self.drain()
+    }
+
+    /// Has the GPU read a page and checks what it found, as soon as `after` has taken note of its return. Gives the number of
+    /// times that the GPU had to fault.
+    fn load_then(&self, span: PageSpan<'_>, stamp: Stamp, after: impl FnOnce()) -> Result<u64, WorkError> {
+        match self.faulter.scenario.start {
+            Start::Call => {
+                let faults = self.gpu.read(span, &self.buffer, self.owner)?.faults;
+                after();
+                stamp
+                    .check(self.buffer.page(0))
+                    .map_err(WorkError::seen(format!("read by GPU {}", self.gpu.index())))?;
+                Ok(faults)
+            }
+            Start::Job => {
+                let outcome = self.gpu.run_here(span, page_sum(span))?;
+                after();
+                check_sum(stamp, &outcome, &self.gpu)?;
+                Ok(outcome.faults)
+            }
+        }
+    }
+
+    fn load(&self, span: PageSpan<'_>, stamp: Stamp) -> Result<u64, WorkError> {
+        self.load_then(span, stamp, || ())
     }
 
     fn drain(&self) -> Result<(), WorkError> {
@@ -175,12 +211,9 @@ impl<'a> Reading<'a> {
         let span =
             mapping.span(page..page + 1).ok_or_else(|| WorkError::Condition(format!("no page {page}")))?;
         slot.begin();
-        let access = self.gpu.read(span, &self.buffer, self.owner)?;
-        slot.returned();
-        Stamp { seed: *seed, page: page as u64, generation: *generation }
-            .check(self.buffer.page(0))
-            .map_err(WorkError::seen(format!("read by GPU {}", self.gpu.index())))?;
-        slot.complete(u64::from(access.faults > 0));
+        let stamp = Stamp { seed: *seed, page: page as u64, generation: *generation };
+        let faults = self.load_then(span, stamp, || slot.returned())?;
+        slot.complete(u64::from(faults > 0));
         Ok(())
     }
 }

@@ -3,11 +3,11 @@
 use std::cell::Cell;
 use std::thread;
 
-use hmmstorm_abi::uapi::{SELECT_DEVICE_PRIVATE, SELECT_SYSTEM};
+use hmmstorm_abi::uapi::{SELECT_DEVICE_PRIVATE, SELECT_HUGE, SELECT_SYSTEM};
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 
 use super::faulter::{Faulter, STARTED, Step, stage};
-use super::{BATCH_CPU, DrainLivelock, HOLDER, MIGRATOR_CPU, idle};
+use super::{BATCH_CPU, DrainLivelock, HOLDER, LEAD_LOOKS, MIGRATOR_CPU, idle};
 use crate::board::{Board, Slot};
 use crate::gpu::{Gpu, Owner};
 use crate::machine::pin;
@@ -21,9 +21,6 @@ use crate::sys::process::fork;
 
 /// Times that the device pages are asked to move before a round: a page whose folio somebody holds for a moment stays.
 const PREPARE_TRIES: usize = 100;
-/// Looks at a faulter's counter before the mixed migration begins without its lead.
-const LEAD_LOOKS: u32 = 1 << 22;
-
 /// Runs the scenario in this process.
 pub(super) fn run(scenario: &DrainLivelock, context: &Context<'_>) -> Result<(), WorkError> {
     pin(MIGRATOR_CPU).map_err(WorkError::system("sched_setaffinity of the migrator"))?;
@@ -31,12 +28,18 @@ pub(super) fn run(scenario: &DrainLivelock, context: &Context<'_>) -> Result<(),
     slot.enter("migrator");
     let _unthrottled = scenario.real_time.then(Unthrottled::new).transpose()?;
     let page = |pages| Mapping::private(pages).map_err(WorkError::system("mmap of the range"));
+    let mapping = if scenario.huge {
+        Mapping::block_beside_page(scenario.system_page() == 0)
+            .map_err(WorkError::system("mmap of the range"))?
+    } else {
+        page(scenario.pages)?
+    };
     let migrator = Migrator {
         scenario,
         board: context.board,
         slot,
         seed: context.seed,
-        mapping: page(scenario.pages)?,
+        mapping,
         buffer: page(1)?,
         gpu: Gpu::open(HOLDER)?,
         gate: Gate::new(scenario.faulters).map_err(WorkError::system("mmap of the gate"))?,
@@ -111,6 +114,12 @@ impl Migrator<'_> {
     /// Checks and rewrites all pages. Every other crew is forked with them in RAM, the others with them on the device.
     fn new_generation(&self, crew: u64) -> Result<(), WorkError> {
         self.check_by_cpu(crew)?;
+        if self.scenario.huge {
+            // Whatever became of it, the next touch makes one folio again.
+            self.mapping
+                .discard(self.scenario.device_pages())
+                .map_err(WorkError::system("madvise(MADV_DONTNEED) of the huge page"))?;
+        }
         for page in self.scenario.device_pages() {
             self.stamp(page, crew).write(self.mapping.page(page));
         }
@@ -131,6 +140,7 @@ impl Migrator<'_> {
             mapping: &self.mapping,
             gate: &self.gate,
             slot: self.board.slot(number + 1),
+            migrator: self.slot,
             number,
             seed: self.seed,
             crew,
@@ -235,11 +245,11 @@ impl Migrator<'_> {
         let range = self.scenario.device_pages();
         for _ in 0..PREPARE_TRIES {
             self.slot.begin();
-            let answer = self.gpu.migrate_here(self.span(range.clone())?, SELECT_SYSTEM)?;
+            let answer = self.gpu.migrate_here(self.span(range.clone())?, self.select(SELECT_SYSTEM))?;
             self.slot.migrated(range.len(), &answer);
             self.slot.complete(0);
             if self.gpu.holds(self.span(range.clone())?)? == range.len() {
-                return Ok(());
+                return self.check_huge();
             }
             thread::yield_now();
         }
@@ -248,6 +258,18 @@ impl Migrator<'_> {
             "{held} of {} pages are on GPU {HOLDER} after {PREPARE_TRIES} migrations while nobody used them",
             range.len()
         )))
+    }
+
+    fn select(&self, select: u32) -> u32 {
+        if self.scenario.huge { select | SELECT_HUGE } else { select }
+    }
+
+    /// Small folios would prove nothing of huge ones.
+    fn check_huge(&self) -> Result<(), WorkError> {
+        if self.scenario.huge && self.gpu.stats()?.huge_to_device == 0 {
+            return Err(WorkError::Condition("the device pages are not one folio of 2 MiB".to_owned()));
+        }
+        Ok(())
     }
 
     /// A fresh folio for the system page, in CPU 1's LRU batch.
@@ -281,7 +303,7 @@ impl Migrator<'_> {
     fn migrate_mixed_range(&self) -> Result<(), WorkError> {
         let range = self.span(0..self.scenario.pages)?;
         self.slot.begin();
-        let done = self.gpu.migrate_here(range, SELECT_SYSTEM | SELECT_DEVICE_PRIVATE)?;
+        let done = self.gpu.migrate_here(range, self.select(SELECT_SYSTEM | SELECT_DEVICE_PRIVATE))?;
         self.slot.migrated(range.pages(), &done);
         self.slot.complete(0);
         if done.calls != 1 {

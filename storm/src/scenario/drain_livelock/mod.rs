@@ -11,7 +11,8 @@
 //! * Nobody writes the shared pages between two forks, so every address space keeps its mapping of every folio.
 //! * The faulters read away from the system page. The pages that they brought back to RAM are then always on its side,
 //!   and `order = device-first` has no system folio before a device folio, whoever is how far.
-//! * The range is one VMA without huge pages, and one `migrate_vma_setup()`: the driver says how many it made.
+//! * The range is one VMA, and one `migrate_vma_setup()`: the driver says how many it made. It has no huge pages, or one:
+//!   then the VMA has no room for a second, so that the system page is a small one.
 
 mod faulter;
 mod migrator;
@@ -21,6 +22,7 @@ use std::ops::Range;
 use crate::machine::Machine;
 use crate::scenario::definition::Parameters;
 use crate::scenario::{Context, ScenarioError, Stopped, Workload, idle};
+use crate::sys::memory::BLOCK_PAGES;
 
 /// GPU whose memory holds the device pages.
 const HOLDER: usize = 0;
@@ -28,6 +30,8 @@ const HOLDER: usize = 0;
 const FOREIGN: usize = 1;
 /// CPU that migrates.
 const MIGRATOR_CPU: usize = 0;
+/// Looks at another worker's counter before one goes on without it.
+const LEAD_LOOKS: u32 = 1 << 22;
 /// CPU in whose LRU batch the system page waits.
 const BATCH_CPU: usize = 1;
 
@@ -36,6 +40,13 @@ const BATCH_CPU: usize = 1;
 enum Order {
     SystemFirst,
     DeviceFirst,
+}
+
+/// What starts the device faults.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Start {
+    Call,
+    Job,
 }
 
 /// Whose the faulters' reads are.
@@ -50,7 +61,13 @@ enum Reader {
 #[derive(Clone, Debug)]
 pub(crate) struct DrainLivelock {
     rounds: u64,
+    /// Pages of the mixed range.
     pages: usize,
+    /// Pages that a faulter reads in a round.
+    reads: usize,
+    /// The device pages are one folio of 2 MiB.
+    huge: bool,
+    start: Start,
     faulters: usize,
     order: Order,
     reader: Reader,
@@ -85,9 +102,13 @@ impl DrainLivelock {
                 found: machine.cpus,
             });
         }
+        let (asked, huge) = (parameters.integer("pages") as usize, parameters.choice("folio") == "2M");
         Ok(Self {
             rounds: parameters.integer("rounds"),
-            pages: parameters.integer("pages") as usize,
+            pages: if huge { 1 + BLOCK_PAGES } else { asked },
+            reads: asked - 1,
+            huge,
+            start: if parameters.choice("start") == "job" { Start::Job } else { Start::Call },
             faulters,
             order: match parameters.choice("order") {
                 "device-first" => Order::DeviceFirst,
@@ -102,7 +123,8 @@ impl DrainLivelock {
             drained,
             real_time: parameters.choice("sched") == "fifo",
             fork_every: parameters.integer("fork_every"),
-            lead: parameters.integer("lead"),
+            // The first read that gets through takes a huge folio away from the migration.
+            lead: if huge { 0 } else { parameters.integer("lead") },
             jitter: parameters.integer("jitter"),
         })
     }
@@ -123,8 +145,9 @@ impl DrainLivelock {
         }
     }
 
-    /// The `i`-th page that a faulter reads: away from the system page.
+    /// The `i`-th page that a faulter reads: away from the system page, and evenly over the device pages.
     fn nth_read(&self, i: usize) -> usize {
+        let i = i * (self.device_pages().len() / self.reads);
         match self.order {
             Order::SystemFirst => self.device_pages().start + i,
             Order::DeviceFirst => self.device_pages().end - 1 - i,
@@ -137,15 +160,21 @@ impl DrainLivelock {
     /// leaves a folio there, the migration may queue its work item for that at any moment from then on, and nothing
     /// that the faulter can do tells it whether one is still to come.
     fn overlapping_reads(&self, faulter: usize) -> impl Iterator<Item = usize> {
-        let all = self.device_pages().len();
+        let all = self.reads;
         let which = if self.drained { faulter % all..faulter % all + 1 } else { 0..all };
         which.map(|i| self.nth_read(i))
     }
 
     /// The pages that it reads when the migration is over.
     fn other_reads(&self, faulter: usize) -> impl Iterator<Item = usize> {
-        let all = self.device_pages().len();
+        let all = self.reads;
         (0..all).filter(move |i| self.drained && *i != faulter % all).map(|i| self.nth_read(i))
+    }
+
+    /// What `jitter` is multiplied with before a faulter's first read. From the first collected folio on, a migration waits
+    /// for as long as the CPUs take to get to their drains; the faulters are to come in that time, and not before it.
+    fn patience(&self) -> u64 {
+        if self.huge { 10 } else { 1 }
     }
 
     fn faulter_cpu(&self, faulter: usize) -> usize {
@@ -201,6 +230,17 @@ mod tests {
             assert!(reads.is_sorted_by_key(distance), "{order}: {reads:?}");
             assert!(reads.iter().all(|page| s.device_pages().contains(page)), "{order}: {reads:?}");
             assert!(!s.device_pages().contains(&s.system_page()));
+        }
+    }
+
+    #[test]
+    fn reads_of_a_huge_folio_are_spread_over_it() {
+        for order in ["system-first", "device-first"] {
+            let s = scenario(&[("order", order), ("folio", "2M")]);
+            let reads: Vec<_> = s.overlapping_reads(0).collect();
+            assert_eq!((s.pages, reads.len(), s.lead), (513, 31, 0));
+            assert!(reads.iter().all(|page| s.device_pages().contains(page)), "{order}: {reads:?}");
+            assert!(reads.windows(2).all(|pair| pair[0].abs_diff(pair[1]) == 16), "{order}: {reads:?}");
         }
     }
 
