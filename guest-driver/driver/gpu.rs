@@ -403,8 +403,13 @@ impl Drop for Stop {
         gpu.close();
         gpu.faults.close();
         gpu.faults.wait_empty();
-        if let Some(hardware) = gpu.hardware.try_access() {
-            hardware.faults.stop();
+        // Stopping it sleeps, which must not be done with the guard of the access: that is a section of RCU.
+        let faults = gpu
+            .hardware
+            .try_access()
+            .map(|hardware| hardware.faults.clone());
+        if let Some(faults) = faults {
+            faults.stop();
         }
         // Nothing is in flight any more, but the channels still read their shadow pages.
         let reset = gpu.bar.try_access().map(|bar| Regs::new(&bar).reset());
