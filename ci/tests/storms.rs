@@ -146,6 +146,17 @@ fn cpu_and_gpu_work_on_one_memory() {
     assert_eq!(counter("gpu_mapped"), counter("gpu_unmapped"), "pages are left in GPU page tables");
 }
 
+/// The scenario itself counts one huge page on its way there and back: one folio, one copy, one entry.
+#[test]
+fn huge_pages_go_to_the_gpu_whole() {
+    let storm = Storm::run("svm-huge", ["svm", "--cpus", "2", "--param", "chunk=2M", "--param", "factor=4"]);
+    expect(&storm, "pass", 0);
+    let driver = storm.verdicts[0]["driver"].as_array().expect("the driver's counters");
+    let counter = |name: &str| driver[0][name].as_u64().expect("a counter");
+    assert!(counter("huge_to_device") > 1 && counter("huge_to_system") > 1 && counter("gpu_mapped_huge") > 1);
+    assert_eq!(counter("gpu_mapped"), counter("gpu_unmapped"), "pages are left in GPU page tables");
+}
+
 #[test]
 fn jobs_see_a_broken_copy() {
     let storm = Storm::run(

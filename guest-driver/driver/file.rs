@@ -285,6 +285,14 @@ impl MiscDevice for OpenFile {
     }
 }
 
+/// What to select to move pages of `pagemap` to system memory; huge folios as such where there are any.
+fn to_system_select(pagemap: &VramPagemap) -> u32 {
+    match pagemap.pages().kind() {
+        Kind::Private => uapi::SELECT_DEVICE_PRIVATE | uapi::SELECT_HUGE,
+        Kind::Coherent => uapi::SELECT_DEVICE_COHERENT,
+    }
+}
+
 impl OpenFile {
     /// The address space of the GPU, which the first one to ask for makes.
     fn space(&self, session: &Session<'_>) -> Result<Arc<Space>> {
@@ -318,7 +326,7 @@ impl OpenFile {
             let mut migrate = uapi::Migrate {
                 addr: command.addr,
                 npages: command.npages,
-                select: uapi::SELECT_DEVICE_PRIVATE,
+                select: to_system_select(pagemap),
                 owner: uapi::OWNER_OWN,
                 direction: uapi::TO_SYSTEM,
                 ..Default::default()
@@ -419,8 +427,7 @@ impl OpenFile {
                 (uapi::TO_DEVICE, Kind::Private) => uapi::SELECT_SYSTEM | uapi::SELECT_HUGE,
                 // Coherent memory has no huge folios.
                 (uapi::TO_DEVICE, Kind::Coherent) => uapi::SELECT_SYSTEM,
-                (_, Kind::Private) => uapi::SELECT_DEVICE_PRIVATE | uapi::SELECT_HUGE,
-                (_, Kind::Coherent) => uapi::SELECT_DEVICE_COHERENT,
+                _ => to_system_select(pagemap),
             },
             owner: uapi::OWNER_OWN,
             direction,

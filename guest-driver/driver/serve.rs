@@ -87,6 +87,8 @@ use crate::{
 
 /// [`PAGE_SIZE`] as virtual addresses count.
 const PAGE: u64 = PAGE_SIZE as u64;
+/// A chunk as large as a huge page.
+const HUGE_CHUNK: u64 = PAGE << order_of(HUGE);
 
 /// What is needed to serve faults, allocated beforehand.
 pub(crate) struct Server<'a> {
@@ -108,8 +110,8 @@ enum Attempt {
     Mapped,
     /// The page is not where it should be: migrate it.
     Migrate(Range<u64>),
-    /// There is nothing, or not with the rights wanted.
-    FaultIn,
+    /// There is nothing, or not with the rights wanted: have it faulted in, for this owner.
+    FaultIn(Option<Owner>),
     /// Begin again.
     Again,
 }
@@ -206,7 +208,7 @@ impl<'a> Server<'a> {
                         continue;
                     }
                 }
-                Attempt::FaultIn => self.fault_in(&mm, fault, &policy)?,
+                Attempt::FaultIn(owner) => self.fault_in(&mm, fault, owner)?,
                 Attempt::Again => (),
             }
             self.session.stats.device_fault_retries.inc();
@@ -278,13 +280,14 @@ impl<'a> Server<'a> {
         let verdict = match mapped.entry(at) {
             Entry::Page(page) => judge(self.pagemap, &page, fault.want, migrate),
             Entry::None if migrate => Verdict::Migrate,
-            Entry::None => Verdict::FaultIn,
-            Entry::Error => return Err(EFAULT),
+            // Snapshots report huge pages of strangers' devices as errors. Whether it is one shows when it is faulted.
+            Entry::None | Entry::Error => Verdict::FaultIn,
         };
         match verdict {
             Verdict::Good => (),
             Verdict::Migrate => return Ok(Attempt::Migrate(range)),
-            Verdict::FaultIn => return Ok(Attempt::FaultIn),
+            Verdict::FaultIn => return Ok(Attempt::FaultIn(owner)),
+            Verdict::Unshare => return Ok(Attempt::FaultIn(None)),
             Verdict::Hopeless => return Err(EPERM),
         }
 
@@ -303,12 +306,22 @@ impl<'a> Server<'a> {
         }
     }
 
+    /// What of a chunk migrates: with chunks of the size of a huge page, a huge page is not split for it.
+    fn select(&self, policy: &Policy) -> u32 {
+        // Coherent memory has no huge folios.
+        if policy.chunk == HUGE_CHUNK && self.pagemap.pages().kind() == Kind::Private {
+            uapi::SELECT_SYSTEM | uapi::SELECT_HUGE
+        } else {
+            uapi::SELECT_SYSTEM
+        }
+    }
+
     /// Moves `range` to VRAM as far as that is possible.
     fn migrate(&self, mm: &MmWithUser, range: Range<u64>, policy: &Policy) -> Result {
         let mut request = uapi::Migrate {
             addr: range.start,
             npages: (range.end - range.start) / PAGE,
-            select: uapi::SELECT_SYSTEM,
+            select: self.select(policy),
             owner: uapi::OWNER_OWN,
             direction: uapi::TO_DEVICE,
             ..Default::default()
@@ -336,8 +349,7 @@ impl<'a> Server<'a> {
     }
 
     /// Has the kernel make the page of `fault` accessible.
-    fn fault_in(&self, mm: &MmWithUser, fault: &Fault, policy: &Policy) -> Result {
-        let owner = self.owner(fault, policy);
+    fn fault_in(&self, mm: &MmWithUser, fault: &Fault, owner: Option<Owner>) -> Result {
         let request = match fault.want {
             Want::Read => Request::Read,
             Want::Write | Want::Atomic => Request::Write,
@@ -367,6 +379,9 @@ enum Verdict {
     Good,
     Migrate,
     FaultIn,
+    /// `hmm_range_fault()` reports device pages of the asking owner as they are, also if they may only be read because
+    /// they are shared. For a stranger it faults them: they come to system memory, and are copied there.
+    Unshare,
     Hopeless,
 }
 
@@ -379,7 +394,7 @@ fn judge(pagemap: &VramPagemap, page: &HmmPage<'_>, want: Want, migrate: bool) -
             if writable {
                 Verdict::Good
             } else {
-                Verdict::FaultIn
+                Verdict::Unshare
             }
         }
         // Coherent memory of others does not migrate, and is in nobody's page tables here.

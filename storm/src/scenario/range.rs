@@ -8,7 +8,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::atomic::fence;
 
-use hmmstorm_abi::uapi::SELECT_SYSTEM;
+use hmmstorm_abi::uapi::{SELECT_HUGE, SELECT_SYSTEM};
 
 use super::WorkError;
 use super::access::{check_sum, page_sum};
@@ -211,9 +211,32 @@ impl Range {
         gpu: &Gpu,
         slot: Slot<'_>,
     ) -> Result<(), WorkError> {
+        self.migrate_selected(pages, gpu, SELECT_SYSTEM, slot)
+    }
+
+    /// The same; huge pages of which all is asked for go as they are, and are not split before.
+    ///
+    /// # Errors
+    /// Of the GPU.
+    pub(crate) fn migrate_huge(
+        &self,
+        pages: std::ops::Range<usize>,
+        gpu: &Gpu,
+        slot: Slot<'_>,
+    ) -> Result<(), WorkError> {
+        self.migrate_selected(pages, gpu, SELECT_SYSTEM | SELECT_HUGE, slot)
+    }
+
+    fn migrate_selected(
+        &self,
+        pages: std::ops::Range<usize>,
+        gpu: &Gpu,
+        select: u32,
+        slot: Slot<'_>,
+    ) -> Result<(), WorkError> {
         let span = self.span(pages)?;
         slot.begin();
-        let answer = gpu.migrate_here(span, SELECT_SYSTEM)?;
+        let answer = gpu.migrate_here(span, select)?;
         slot.migrated(span.pages(), &answer);
         slot.complete(0);
         Ok(())

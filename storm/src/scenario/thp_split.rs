@@ -25,6 +25,7 @@ pub(crate) struct ThpSplit {
     blocks: usize,
     rounds: u64,
     huge: bool,
+    share_on_gpu: bool,
     machine: Machine,
 }
 
@@ -36,13 +37,14 @@ impl ThpSplit {
             blocks: parameters.integer("blocks") as usize,
             rounds: parameters.integer("rounds"),
             huge: parameters.flag("huge"),
+            share_on_gpu: parameters.flag("share_on_gpu"),
             machine,
         }
     }
 
     fn storm(&self, context: &Context<'_>) -> Result<(), WorkError> {
         context.board.slot(0).enter("leader");
-        let before = huge_faults();
+        let (before, driver_before) = (huge_faults(), self.driver()?);
         self.shape.run(
             context,
             "splitter",
@@ -54,16 +56,30 @@ impl ThpSplit {
             |range, member| Splitter::new(self, range, context.seed, member)?.run(),
             |_| Ok(()),
         )?;
-        let made = huge_faults() - before;
+        let (made, driver) = (huge_faults() - before, self.driver()?);
         match (self.huge, made) {
             (true, 0) => {
                 Err(WorkError::Condition("not one huge page was made: nothing was split".to_owned()))
+            }
+            (true, _) if driver.0 == driver_before.0 => {
+                Err(WorkError::Condition("no huge page came to a GPU whole".to_owned()))
+            }
+            (true, _) if driver.1 == driver_before.1 => {
+                Err(WorkError::Condition("no huge page was split while it was on a GPU".to_owned()))
             }
             (false, 1..) => {
                 Err(WorkError::Condition(format!("{made} huge pages were made and none was wanted")))
             }
             _ => Ok(()),
         }
+    }
+
+    /// Huge pages that came to the GPUs whole, and those of them that were split there.
+    fn driver(&self) -> Result<(u64, u64), WorkError> {
+        (0..self.machine.gpus).try_fold((0, 0), |(whole, splits), gpu| {
+            let stats = Gpu::open(gpu)?.stats()?;
+            Ok((whole + stats.huge_to_device, splits + stats.splits))
+        })
     }
 }
 
@@ -117,7 +133,12 @@ impl<'a> Splitter<'a> {
                 0 => self.migrate(part)?,
                 1 => self.range.renew(part, self.member.slot)?,
                 2 => self.protect(part)?,
-                3 => self.share(part)?,
+                3 => {
+                    if !self.scenario.share_on_gpu {
+                        self.bring_back(all.clone())?;
+                    }
+                    self.share(part)?;
+                }
                 _ => self.write_by_gpu(part)?,
             }
             self.look(all)?;
@@ -137,7 +158,7 @@ impl<'a> Splitter<'a> {
 
     fn migrate(&mut self, pages: std::ops::Range<usize>) -> Result<(), WorkError> {
         let gpu = self.gpu();
-        self.range.migrate(pages, &self.gpus[gpu], self.member.slot)
+        self.range.migrate_huge(pages, &self.gpus[gpu], self.member.slot)
     }
 
     /// Another protection for a part of a huge page, and back.
@@ -146,6 +167,12 @@ impl<'a> Splitter<'a> {
         mapping.protect(part.clone(), false).map_err(WorkError::system("mprotect(PROT_READ)"))?;
         self.look(part.clone())?;
         mapping.protect(part, true).map_err(WorkError::system("mprotect(PROT_READ|PROT_WRITE)"))
+    }
+
+    /// All of a block comes back from whichever GPU has it, as it is.
+    fn bring_back(&self, all: std::ops::Range<usize>) -> Result<(), WorkError> {
+        let span = self.range.span(all)?;
+        self.gpus.iter().try_for_each(|gpu| Ok(gpu.evict(span).map(drop)?))
     }
 
     /// A child that shares the block, and writes a part while we write another.
@@ -163,7 +190,12 @@ impl<'a> Splitter<'a> {
         for page in part.clone().step_by(5) {
             self.range.write_by_cpu(page, slot);
         }
-        self.migrate(part.clone())?;
+        let gpu = self.gpu();
+        if self.scenario.share_on_gpu {
+            self.range.migrate_huge(part.clone(), &self.gpus[gpu], slot)?;
+        } else {
+            self.range.migrate(part.clone(), &self.gpus[gpu], slot)?;
+        }
         let ended =
             waitpid(Some(child), WaitOptions::empty()).map_err(WorkError::system("waitpid for a sharer"))?;
         match ended {

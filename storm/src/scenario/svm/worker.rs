@@ -1,146 +1,35 @@
-//! `svm`: CPU and GPU work on the same memory, by address.
+//! A worker of `svm`: what it does to its memory, in what order, and what must come out.
 
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
-use std::thread;
 
 use hmmstorm_abi::job::{Job, Op, Outcome, Pattern, WORD, mix, word_at};
-use hmmstorm_abi::uapi::{self, PAGE_SIZE};
+use hmmstorm_abi::uapi::PAGE_SIZE;
 
-use super::definition::Parameters;
-use super::{Context, Stopped, WorkError, Workload};
+use super::{PIECE, Svm};
 use crate::board::Slot;
 use crate::gpu::Gpu;
-use crate::machine::{Machine, pin, total_memory};
+use crate::machine::pin;
 use crate::rng::Rng;
-use crate::sys::memory::{Mapping, PageSpan};
+use crate::scenario::{Context, WorkError};
+use crate::sys::memory::{BLOCK_PAGES, Mapping, PageSpan};
 
-/// Pages that are written at once, and so have one generation.
-const PIECE: usize = 16;
 /// Bytes of a piece.
 const PIECE_BYTES: u64 = (PIECE * PAGE_SIZE) as u64;
 /// Words of a piece.
 const PIECE_WORDS: u64 = PIECE_BYTES / WORD;
-/// Below this factor everything fits.
-const HALVES: u64 = 2;
+/// Pieces of a huge page.
+const BLOCK_PIECES: usize = BLOCK_PAGES / PIECE;
 /// Jobs in flight when there are several.
 const FLIGHT: usize = 4;
 /// Pages on which a chain of pointers goes around, one a page.
 const CHAIN: usize = PIECE;
 /// What CPU and GPU each add to the counter.
 const ADDS: u64 = 200;
+/// One write of the CPU in so many makes a whole huge page anew.
+const RENEWAL: u64 = 12;
 
-/// The workload.
-#[derive(Debug)]
-pub(crate) struct Svm {
-    factor: u64,
-    rounds: u64,
-    workers: usize,
-    policy: uapi::Policy,
-    machine: Machine,
-}
-
-impl Svm {
-    /// From its parameters.
-    pub(crate) fn new(parameters: &Parameters, machine: Machine) -> Self {
-        let workers = match parameters.integer("workers") as usize {
-            0 => machine.cpus,
-            n => n,
-        };
-        let policy = uapi::Policy {
-            chunk: match parameters.choice("chunk") {
-                "4K" => 4 << 10,
-                "2M" => 2 << 20,
-                _ => 64 << 10,
-            },
-            placement: match parameters.choice("placement") {
-                "stay" => uapi::PLACE_STAY,
-                _ => uapi::PLACE_MIGRATE,
-            },
-            owner: uapi::OWNER_OWN,
-            limit: parameters.integer("limit") as u32,
-            window_ms: 100,
-        };
-        Self {
-            factor: parameters.integer("factor"),
-            rounds: parameters.integer("rounds"),
-            workers,
-            policy,
-            machine,
-        }
-    }
-
-    /// Pages of each worker.
-    fn share(&self) -> Result<usize, WorkError> {
-        let pages = Gpu::open(0)?.stats()?.vram_pages * self.factor / HALVES;
-        let bytes = pages * PAGE_SIZE as u64;
-        let memory = total_memory().unwrap_or(u64::MAX);
-        if bytes > memory / 2 {
-            return Err(WorkError::Condition(format!(
-                "{} MiB of pages are too much for a guest of {} MiB: give it more --memory, less --vram, or a smaller factor",
-                bytes >> 20,
-                memory >> 20
-            )));
-        }
-        Ok((pages as usize / self.workers).next_multiple_of(PIECE))
-    }
-
-    fn storm(&self, context: &Context<'_>) -> Result<(), WorkError> {
-        let gpu = Gpu::open(0)?;
-        let (pages, before) = (self.share()?, gpu.stats()?);
-        thread::scope(|scope| {
-            for number in 0..self.workers {
-                scope.spawn(move || {
-                    let slot = context.board.slot(number);
-                    let result = Worker::new(self, *context, number, pages, slot).and_then(|mut w| w.run());
-                    if let Err(error) = result {
-                        error.post(slot);
-                    }
-                });
-            }
-        });
-        if context.board.has_finding() {
-            return Err(WorkError::Elsewhere);
-        }
-        self.judge(before, gpu.stats()?)
-    }
-
-    /// Whether what should have been provoked was.
-    fn judge(&self, before: uapi::Stats, after: uapi::Stats) -> Result<(), WorkError> {
-        let migrates = self.policy.placement == uapi::PLACE_MIGRATE;
-        let checks = [
-            (after.gpu_faults == before.gpu_faults, "the GPU had no page fault"),
-            (after.gpu_unmapped == before.gpu_unmapped, "no page was taken back from the GPU"),
-            (migrates && after.to_device == before.to_device, "no page migrated to the GPU"),
-            (
-                migrates && self.factor > HALVES && after.evicted == before.evicted,
-                "nothing was evicted: there was no pressure",
-            ),
-            (
-                self.factor < HALVES && after.evicted != before.evicted,
-                "pages were evicted though all of them fit",
-            ),
-        ];
-        match checks.iter().find(|(failed, _)| *failed) {
-            Some((_, what)) => Err(WorkError::Condition((*what).to_owned())),
-            None => Ok(()),
-        }
-    }
-}
-
-impl Workload for Svm {
-    fn workers(&self) -> Vec<String> {
-        (0..self.workers).map(|i| format!("worker{i}@cpu{}", i % self.machine.cpus)).collect()
-    }
-
-    fn run(&self, context: &Context<'_>) -> Result<(), Stopped> {
-        self.storm(context).map_err(|error| {
-            error.post(context.board.slot(0));
-            Stopped
-        })
-    }
-}
-
-struct Worker<'a> {
+/// One worker: its own memory, files and chance.
+pub(super) struct Worker<'a> {
     context: Context<'a>,
     slot: Slot<'a>,
     number: usize,
@@ -151,6 +40,8 @@ struct Worker<'a> {
     peer: Option<Gpu>,
     /// What CPU and GPU write in turns.
     memory: Mapping,
+    /// Whether it consists of huge pages.
+    huge: bool,
     /// A chain of pointers.
     chain: Mapping,
     /// A counter.
@@ -161,7 +52,8 @@ struct Worker<'a> {
 }
 
 impl<'a> Worker<'a> {
-    fn new(
+    /// With memory and files of its own.
+    pub(super) fn new(
         scenario: &Svm,
         context: Context<'a>,
         number: usize,
@@ -186,7 +78,12 @@ impl<'a> Worker<'a> {
             rng: Rng::new(context.seed, number as u64),
             gpu,
             peer,
-            memory: map(pages)?,
+            memory: if scenario.huge() {
+                Mapping::blocks(pages / BLOCK_PAGES, true).map_err(WorkError::system("mmap of huge pages"))?
+            } else {
+                map(pages)?
+            },
+            huge: scenario.huge(),
             chain: map(CHAIN)?,
             counter: map(1)?,
             counted: 0,
@@ -194,7 +91,8 @@ impl<'a> Worker<'a> {
         })
     }
 
-    fn run(&mut self) -> Result<(), WorkError> {
+    /// Works, and checks everything at the end.
+    pub(super) fn run(&mut self) -> Result<(), WorkError> {
         // Every piece has contents before chance takes over, one half from the CPU and one from the GPU.
         for piece in 0..self.pieces() {
             if piece % 2 == 0 { self.write_by_cpu(piece)? } else { self.write_by_gpu(piece)? }
@@ -217,6 +115,7 @@ impl<'a> Worker<'a> {
     fn step(&mut self) -> Result<(), WorkError> {
         let piece = self.any_piece();
         match self.rng.up_to(16) {
+            0 | 1 if self.huge && self.rng.up_to(RENEWAL - 1) == 0 => self.renew(piece),
             0 | 1 => self.write_by_cpu(piece),
             2 | 3 => self.check_by_cpu(piece),
             4 | 5 => self.write_by_gpu(piece),
@@ -249,6 +148,24 @@ impl<'a> Worker<'a> {
     fn span(&self, piece: usize) -> Result<PageSpan<'_>, WorkError> {
         let pages = piece * PIECE..(piece + 1) * PIECE;
         self.memory.span(pages.clone()).ok_or_else(|| WorkError::Condition(format!("no pages {pages:?}")))
+    }
+
+    /// The piece, or the huge page that it is a part of.
+    fn whole(&self, piece: usize) -> Result<PageSpan<'_>, WorkError> {
+        if !self.huge {
+            return self.span(piece);
+        }
+        let first = piece / BLOCK_PIECES * BLOCK_PAGES;
+        let pages = first..first + BLOCK_PAGES;
+        self.memory.span(pages.clone()).ok_or_else(|| WorkError::Condition(format!("no pages {pages:?}")))
+    }
+
+    /// Makes the huge page in which the piece is whole again, with new contents.
+    fn renew(&mut self, piece: usize) -> Result<(), WorkError> {
+        let first = piece / BLOCK_PIECES * BLOCK_PIECES;
+        let pages = first * PIECE..first * PIECE + BLOCK_PAGES;
+        self.memory.discard(pages).map_err(WorkError::system("madvise(MADV_DONTNEED) of a huge page"))?;
+        (first..first + BLOCK_PIECES).try_for_each(|piece| self.write_by_cpu(piece))
     }
 
     fn begin(&self) -> Result<(), WorkError> {
@@ -393,7 +310,7 @@ impl<'a> Worker<'a> {
             let job = self.job(piece, Op::Check, Pattern::Strided, self.tag(piece))?;
             running.push((piece, job, self.gpu.submit(self.span(piece)?, job)?));
         }
-        self.gpu.evict(self.span(first)?)?;
+        self.gpu.evict(self.whole(first)?)?;
         let checked = self.check_by_cpu(own);
         // All are waited for, whatever came out of the others.
         let outcomes =
@@ -409,7 +326,7 @@ impl<'a> Worker<'a> {
 
     fn evict(&self, piece: usize) -> Result<(), WorkError> {
         self.begin()?;
-        self.gpu.evict(self.span(piece)?)?;
+        self.gpu.evict(self.whole(piece)?)?;
         self.slot.complete(0);
         Ok(())
     }
