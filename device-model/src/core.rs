@@ -8,6 +8,7 @@ use crate::chaos::late::Late;
 use crate::chaos::order::Order;
 use crate::chaos::{InterruptFate, Plan};
 use crate::config::Mode;
+use crate::engine::atomics::BusAtomics;
 use crate::faults::Faults;
 use crate::guest_memory::GuestMemory;
 use crate::irq::Interrupts;
@@ -30,6 +31,8 @@ pub struct Core {
     pub vrams: Arc<[Arc<Vram>]>,
     /// Address spaces and TLB.
     pub mmu: Mmu,
+    /// Atomics of jobs beyond its own VRAM.
+    pub bus_atomics: BusAtomics,
     /// Page faults of jobs.
     pub faults: Faults,
     /// MSI-X vectors.

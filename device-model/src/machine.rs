@@ -14,6 +14,7 @@ use crate::chaos::late::Late;
 use crate::chaos::order::Order;
 use crate::config::{Config, Mode};
 use crate::core::Core;
+use crate::engine::atomics::BusAtomics;
 use crate::faults::Faults;
 use crate::gpu::Gpu;
 use crate::guest_memory::GuestMemory;
@@ -62,6 +63,7 @@ impl Machine {
                 memory: GuestMemory::default(),
                 vrams: Arc::clone(&vrams),
                 mmu: Mmu::new(config.tlb_entries as usize),
+                bus_atomics: BusAtomics::default(),
                 faults: Faults::default(),
                 late: Late::new(Arc::clone(&interrupts)),
                 interrupts,

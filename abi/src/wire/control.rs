@@ -148,8 +148,12 @@ pub struct Chaos {
     pub duplicate_fault_every: u64,
     /// Report a page fault that nobody had after every n-th real one.
     pub spurious_fault_every: u64,
+    /// Do with every n-th report of a page fault as if the buffer were full.
+    pub overflow_fault_every: u64,
     /// The device is gone: registers, config space and trapped VRAM read as all ones, nothing runs.
     pub dead: bool,
+    /// The same from this descriptor on, of whatever channel; 0 means never.
+    pub dead_after: u64,
 }
 
 /// Reads `key=value,…`. Keys are the fields above, with `-` or `_`; an empty text is the plan that does nothing.

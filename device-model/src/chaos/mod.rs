@@ -34,10 +34,12 @@ enum Kind {
     DropFault,
     DuplicateFault,
     SpuriousFault,
+    OverflowFault,
     Hang,
+    Dead,
 }
 
-const KINDS: usize = Kind::Hang as usize + 1;
+const KINDS: usize = Kind::Dead as usize + 1;
 
 /// A plan in force, with what it has counted.
 #[derive(Debug, Default)]
@@ -101,6 +103,8 @@ pub enum InterruptFate {
 pub struct ReportFate {
     /// It does not reach the buffer.
     pub dropped: bool,
+    /// It finds the buffer full.
+    pub overflowed: bool,
     /// It is there twice.
     pub doubled: bool,
     /// Another one follows, for a page this far away (in pages, wrapping).
@@ -179,11 +183,12 @@ impl Plan {
         })
     }
 
-    /// `channel` was reset, which ends its hanging.
+    /// `channel` was reset, which ends its hanging if that has begun: drivers reset channels before they use them.
     pub fn unhang(&self, channel: u16) {
         self.ask(|in_force| {
-            (in_force.plan.hang_channel == Some(channel))
-                .then(|| in_force.unhung.store(true, Ordering::Relaxed))
+            let begun = in_force.counts[Kind::Hang as usize].load(Ordering::Relaxed);
+            let hangs = in_force.plan.hang_channel == Some(channel) && begun >= in_force.plan.hang_after;
+            hangs.then(|| in_force.unhung.store(true, Ordering::Relaxed))
         });
     }
 
@@ -240,6 +245,9 @@ impl Plan {
             if plan.hang_channel == Some(channel) {
                 in_force.count(Kind::Hang);
             }
+            if plan.dead_after != 0 && in_force.count(Kind::Dead) >= plan.dead_after {
+                self.dead.store(true, Ordering::Release);
+            }
             let any = in_force.nth(Kind::Descriptor, plan.fail_every).is_some();
             let copy = copies(opcode) && in_force.nth(Kind::Copy, plan.fail_copy_every).is_some();
             Some(any || copy)
@@ -272,6 +280,7 @@ impl Plan {
             let away = |count| (in_force.random(Kind::SpuriousFault, count) % 512).wrapping_sub(256);
             Some(ReportFate {
                 dropped: in_force.nth(Kind::DropFault, plan.drop_fault_every).is_some(),
+                overflowed: in_force.nth(Kind::OverflowFault, plan.overflow_fault_every).is_some(),
                 doubled: in_force.nth(Kind::DuplicateFault, plan.duplicate_fault_every).is_some(),
                 spurious: spurious.map(away),
             })

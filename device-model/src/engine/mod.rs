@@ -4,6 +4,7 @@
 //! used. [`copy`] moves bytes, [`access`] runs jobs; bindings and invalidations are done here.
 
 pub mod access;
+pub mod atomics;
 pub mod copy;
 pub mod place;
 pub mod session;

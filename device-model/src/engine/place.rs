@@ -42,6 +42,11 @@ impl<'a> Place<'a> {
         }
     }
 
+    /// Whether this is the GPU's own VRAM.
+    pub fn is_vram_of(self, core: &Core) -> bool {
+        matches!(self, Self::Vram(vram, _) if std::ptr::eq(vram, &raw const **core.vram()))
+    }
+
     /// Whether both are in the same memory, so that their addresses can be compared.
     pub fn same_memory(self, other: Self) -> bool {
         match (self, other) {

@@ -1,7 +1,7 @@
 //! The inner loop of a job: addresses by its pattern, translations page by page, and what it does to each word.
 //!
-//! Loads and stores are 8-byte atomic, atomics are the host's own on the shared memory: they compose with those of
-//! the guest's CPUs and of other channels and GPUs.
+//! Loads and stores are 8-byte atomic. Atomics in the GPU's own VRAM are the host's own; anywhere else they go over the
+//! bus, see [`super::atomics`].
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -87,6 +87,8 @@ impl Walker {
 #[derive(Clone, Copy, Debug)]
 struct Mapped<'a> {
     va: u64,
+    /// It is the GPU's own VRAM.
+    own: bool,
     words: VolatileSlice<'a>,
 }
 
@@ -132,6 +134,7 @@ pub fn run(
                 Err(reason) => return Ok(Pause::Fault { va, want, reason }),
             }
         }
+        let own = slot.as_ref().is_some_and(|mapped| mapped.own);
         let Some(word) = slot.as_ref().and_then(|mapped| mapped.word(va)) else {
             return Err(Failure::Job("a word that is not in one piece"));
         };
@@ -152,12 +155,22 @@ pub fn run(
             }
             Op::Store => word.store(word_at(va, generation), Ordering::Release),
             Op::AtomicAdd => {
-                outcome.sum = outcome.sum.wrapping_add(word.fetch_add(job.operand, Ordering::SeqCst));
+                let found = if own {
+                    word.fetch_add(job.operand, Ordering::SeqCst)
+                } else {
+                    core.bus_atomics.add(word, job.operand)
+                };
+                outcome.sum = outcome.sum.wrapping_add(found);
             }
             Op::AtomicCompareExchange => {
-                let exchanged =
-                    word.compare_exchange(job.tag, job.operand, Ordering::SeqCst, Ordering::SeqCst);
-                if let Err(found) = exchanged {
+                let found = if own {
+                    let exchanged =
+                        word.compare_exchange(job.tag, job.operand, Ordering::SeqCst, Ordering::SeqCst);
+                    exchanged.unwrap_or_else(|found| found)
+                } else {
+                    core.bus_atomics.compare_exchange(word, job.tag, job.operand)
+                };
+                if found != job.tag {
                     mismatch(outcome, va, found, job.tag);
                 }
             }
@@ -208,5 +221,5 @@ fn map<'a>(
     }
     let need = if want == Want::Read { Need::Read } else { Need::Write };
     let words = place.span(guard, 0, PAGE, need)?;
-    Ok(Ok(Mapped { va: start, words }))
+    Ok(Ok(Mapped { va: start, own: place.is_vram_of(core), words }))
 }

@@ -110,6 +110,16 @@ impl Buffer {
         self.shadow + field as u64
     }
 
+    /// Counts a fault for which there is no room.
+    ///
+    /// # Errors
+    /// [`BufferError`] if the shadow page cannot be reached any more.
+    pub fn overflow(&mut self, guard: &DmaGuard<'_>) -> Result<Put, BufferError> {
+        self.overflow = self.overflow.wrapping_add(1);
+        guard.store_u32(self.field(FAULT_SHADOW_OVERFLOW), self.overflow)?;
+        Ok(Put::Full)
+    }
+
     /// Puts `fault` in, if there is room.
     ///
     /// # Errors
@@ -122,9 +132,7 @@ impl Buffer {
         let get = guard.load_u32(self.field(FAULT_SHADOW_GET))?;
         // An index that makes no sense leaves no room either.
         if self.put.wrapping_sub(get) >= self.entries {
-            self.overflow = self.overflow.wrapping_add(1);
-            guard.store_u32(self.field(FAULT_SHADOW_OVERFLOW), self.overflow)?;
-            return Ok(Put::Full);
+            return self.overflow(guard);
         }
         let entry = self.base + u64::from(self.put % self.entries) * FAULT_SIZE as u64;
         for (at, word) in (entry..).step_by(8).zip(fault.to_words()) {

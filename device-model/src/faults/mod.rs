@@ -262,6 +262,11 @@ impl State {
         fault: Fault,
         fate: ReportFate,
     ) -> Result<Put, BufferError> {
+        if fate.overflowed
+            && let Some(buffer) = &mut self.buffer
+        {
+            return buffer.overflow(guard);
+        }
         let put = self.put(core, guard, fault)?;
         let Put::Entered { sequence, mut interrupt } = put else { return Ok(put) };
         let mut add = |put: Put| {

@@ -144,6 +144,8 @@ fn poisoned_pages_can_be_written_and_not_read_by_any_gpu() {
 /// A job stops where it is, not only between descriptors; the others go on.
 #[test]
 fn a_hung_channel_holds_its_job_until_a_reset_or_the_end_of_the_plan() {
+    // Long enough to be under way when the plan comes.
+    const LONG: u64 = 1 << 21;
     let bench = crate::paging::bench(&[]);
     let tables = Tables::new(&bench, 0, Location::vram(0));
     tables.map(0, Location::system(RAM + DATA), ALL);
@@ -151,7 +153,7 @@ fn a_hung_channel_holds_its_job_until_a_reset_or_the_end_of_the_plan() {
     let mut other = Driver::start(&bench, 0, 0, 4);
     let mut driver = Driver::start(&bench, 0, 1, 4);
     assert_eq!(other.run(bind(1, Some(tables.root))), Status::Ok);
-    let long = Job { count: 1 << 24, operand: 1, ..job(Op::AtomicAdd, 0, 1) };
+    let long = Job { count: LONG, operand: 1, ..job(Op::AtomicAdd, 0, 1) };
     let fence = driver.fence_address(1);
     driver.submit(access(&bench, 0, 1, long).with_fence(fence, 9, false).to_words());
     wait_for("the job to begin", || (bench.load_u64(DATA) > 0).then_some(()));
@@ -162,7 +164,7 @@ fn a_hung_channel_holds_its_job_until_a_reset_or_the_end_of_the_plan() {
     assert_eq!((bench.load_u64(DATA), bench.gpu(0).stats().queued), (held, 1));
     bench.gpu(0).set_chaos(Chaos::default());
     assert_eq!(driver.wait(1, 9), Status::Ok);
-    assert_eq!((outcome(&bench, 0).done, bench.load_u64(DATA)), (1 << 24, 1 << 24));
+    assert_eq!((outcome(&bench, 0).done, bench.load_u64(DATA)), (LONG, LONG));
     bench.gpu(0).set_chaos(hang());
     driver.submit(Descriptor::NOP.with_fence(fence, 10, false).to_words());
     driver.ring_doorbell();
