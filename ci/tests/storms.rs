@@ -170,3 +170,38 @@ fn jobs_see_a_broken_copy() {
 fn jobs_end_whatever_they_lose() {
     expect(&Storm::run("gpu-endings", ["gpu-endings", "--cpus", "2"]), "pass", 0);
 }
+
+/// The scenario fails if what the plan is to break does not break.
+#[track_caller]
+fn ending(name: &str, chaos: &str) -> Storm {
+    let ending = format!("ending={name}");
+    let run = ["gpu-endings", "--cpus", "2", "--param", &ending, "--param", "rounds=1", "--chaos", chaos];
+    let storm = Storm::run(&format!("gpu-endings-{name}"), run);
+    expect(&storm, "pass", 0);
+    storm
+}
+
+#[test]
+fn a_device_that_is_pulled_out_leaves_errors_and_no_driver_behind() {
+    ending("surprise", "dead_after=80");
+}
+
+#[test]
+fn poisoned_pages_are_errors_and_no_others() {
+    ending("poison", "poison_first=128,poison_pages=4");
+}
+
+#[test]
+fn a_channel_that_hangs_is_reset() {
+    ending("hang", "hang_channel=4,hang_after=4");
+}
+
+#[test]
+fn lost_reports_of_page_faults_are_made_up_for() {
+    let chaos = "drop_fault_every=7,overflow_fault_every=5,drop_interrupt_every=9";
+    let run = ["svm", "--cpus", "2", "--param", "factor=1", "--chaos", chaos];
+    let storm = Storm::run("svm-lost-reports", run);
+    expect(&storm, "pass", 0);
+    let driver = storm.verdicts[0]["driver"].as_array().expect("the driver's counters");
+    assert!(driver[0]["fault_overflows"].as_u64() > Some(0), "no overflow");
+}

@@ -36,12 +36,12 @@ use crate::{
 };
 
 /// The kernel may look a huge folio too far (see [`Migration::collect_device`]).
-type EvictionRoom = Room<{ 2 * PAGES }>;
+pub(crate) type EvictionRoom = Room<{ 2 * PAGES }>;
 
 /// How long [`all`] tries before it gives up.
-const LIMIT: Delta = Delta::from_millis(10_000);
+pub(crate) const LIMIT: Delta = Delta::from_millis(10_000);
 /// How long it waits for those who hold the pages that are left.
-const PAUSE: Delta = Delta::from_millis(1);
+pub(crate) const PAUSE: Delta = Delta::from_millis(1);
 
 /// Evicts chunks, the one used longest ago first, until `wanted` pages are free or every chunk has had its turn. Returns
 /// how many pages it evicted.
@@ -117,37 +117,31 @@ fn evict(
 /// Moves every page that is in use back to system memory, whoever uses it.
 ///
 /// Pages that are locked by somebody else at the moment, or to which there is an extra reference, are tried again until
-/// a time limit is over.
+/// a time limit is over. Pages that the device cannot read are not: once nothing else is left, that is an error.
 ///
 /// # Errors
 ///
-/// `EBUSY` if pages are left when the time is over, or the error of the copy engine that kept them there, both with a
-/// message; `ENODEV` if the device is dead; `ENOMEM`.
+/// `EBUSY` if pages are left when the time is over; `ENODEV` if the device is dead; the error of the copy engine that kept
+/// the rest there; `ENOMEM`.
 pub(crate) fn all(session: &Session<'_>, pagemap: &VramPagemap) -> Result {
     let pages = pagemap.pages();
     let mut room = EvictionRoom::new(PAGES)?;
     let start = Instant::<Monotonic>::now();
+    let mut left = pages.in_use();
 
     loop {
         let result = pass(session, pagemap, &mut room);
-        let left = pages.in_use();
+        let before = core::mem::replace(&mut left, pages.in_use());
 
         if left == 0 {
             return Ok(());
         }
-        if result == Err(ENODEV) || start.elapsed() > LIMIT {
-            let error = result.err().unwrap_or(EBUSY);
-
-            dev_err!(
-                session.device(),
-                "{} pages are still in VRAM after {} ms of eviction: {:?}; they come back when their processes exit\n",
-                left,
-                start.elapsed().as_millis(),
-                error
-            );
-            return Err(error);
+        match result {
+            Err(ENODEV) => return Err(ENODEV),
+            Err(error) if left == before => return Err(error),
+            _ if start.elapsed() > LIMIT => return Err(result.err().unwrap_or(EBUSY)),
+            _ => fsleep(PAUSE),
         }
-        fsleep(PAUSE);
     }
 }
 

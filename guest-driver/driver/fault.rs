@@ -7,8 +7,9 @@
 //! spaces at once. A synchronous device sends no interrupt: whoever wrote the doorbell or asked for the replay looks for
 //! himself. So does everyone who waits for a job, in case an interrupt was lost.
 //!
-//! When the buffer is full, the device counts what it could not report. Those jobs stall like the others, and report again
-//! after the next replay, of which there is at least one after each batch.
+//! When the buffer is full, the device counts what it could not report, and interrupts. Those jobs stall like the others, and
+//! report again after the next replay, of which there is one after each batch, and one if there was an overflow and nothing
+//! to serve. A job whose report was lost without a word is found by who waits for it ([`crate::job`]).
 //!
 //! # Locks
 //!
@@ -179,16 +180,15 @@ impl FaultBuffer {
         let _ = self.shadow.set(offset / size_of::<u32>(), value.to_le());
     }
 
-    /// Takes up to `room.capacity()` entries that are there, and gives their places back to the device.
-    fn drain(&self, batch: &mut KVec<Fault>) {
+    /// Takes up to `batch.capacity()` entries that are there, and gives their places back to the device. Returns whether
+    /// faults have found the buffer full since the last time.
+    fn drain(&self, batch: &mut KVec<Fault>) -> bool {
         batch.clear();
 
         let mut reader = self.reader.lock();
         let overflowed = self.shadow(FAULT_SHADOW_OVERFLOW);
-        // CAST: both are 32 bits wide, and so is their difference.
-        self.stats
-            .fault_overflows
-            .add(u64::from(overflowed.wrapping_sub(reader.overflowed)));
+        let overflows = overflowed.wrapping_sub(reader.overflowed);
+        self.stats.fault_overflows.add(u64::from(overflows));
         reader.overflowed = overflowed;
 
         let put = self.shadow(FAULT_SHADOW_PUT);
@@ -212,11 +212,13 @@ impl FaultBuffer {
         // The next one interrupts. Whether there was one meanwhile, `dispatch` sees by looking again.
         self.set_shadow(FAULT_SHADOW_EVENT, reader.get);
         mb();
+        overflows != 0
     }
 
-    /// Whether there are entries that nobody has taken.
+    /// Whether there are entries that nobody has taken, or overflows that nobody has seen.
     pub(crate) fn is_pending(&self) -> bool {
         self.shadow(FAULT_SHADOW_PUT) != self.shadow(FAULT_SHADOW_GET)
+            || self.shadow(FAULT_SHADOW_OVERFLOW) != self.reader.lock().overflowed
     }
 
     /// Hands every fault that is there to its address space.
@@ -227,8 +229,12 @@ impl FaultBuffer {
         };
 
         loop {
-            self.drain(&mut batch);
+            let overflowed = self.drain(&mut batch);
             if batch.is_empty() {
+                if overflowed {
+                    // There is room now, and no batch after which a replay would come anyway.
+                    session.ask_replay();
+                }
                 return;
             }
             // CAST: at most `BATCH`.

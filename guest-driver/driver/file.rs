@@ -138,6 +138,7 @@ impl Node {
     }
 
     /// For unbinding: ends the use by ioctls, of all nodes of the GPU, and moves every page of this part off the device.
+    /// What the device does not give back is lost, and an error for who touches it.
     pub(crate) fn shut_down(self: &Arc<Self>) {
         peer::remove(self);
         self.gpu.close();
@@ -145,7 +146,7 @@ impl Node {
         let evicted = self
             .gpu
             .enter_fault()
-            .and_then(|session| self.pagemap.access(session.device())?.evict_all(&session));
+            .and_then(|session| self.pagemap.access(session.device())?.give_up(&session));
         if let Err(error) = evicted {
             pr_err!(
                 "gpu{}: not all of the VRAM of node {} could be evicted: {:?}\n",

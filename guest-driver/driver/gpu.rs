@@ -358,6 +358,12 @@ impl Session<'_> {
         &self.hardware.faults
     }
 
+    /// Has every stalled job look again, and fault again if need be.
+    pub(crate) fn ask_replay(&self) {
+        self.stats.replays.inc();
+        self.regs.replay_faults();
+    }
+
     /// Where access jobs wait for their end.
     pub(crate) fn job_queue(&self) -> &OwnedQueue {
         &self.hardware.jobs

@@ -37,6 +37,7 @@ mod gpu;
 mod hold;
 mod irq;
 mod job;
+mod lose;
 mod lru;
 mod migrate;
 mod mirror;

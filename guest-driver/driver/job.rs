@@ -63,6 +63,9 @@ const DIRECT_STEP_MS: u32 = 10;
 /// How a job ended: a [`Status`] or one of `uapi::JOB_*`, and its outcome.
 type Ending = (u32, Outcome);
 
+/// After how many looks that found nothing new a job that stalls is made to fault again.
+const IDLE_LOOKS: u32 = 2;
+
 /// A job that was submitted.
 #[pin_data]
 pub(crate) struct Record {
@@ -246,6 +249,7 @@ impl Record {
         let _direct = serve.then(|| Direct::new(space, session));
         let mut seen = space.progress.load(Relaxed);
         let mut interrupted = false;
+        let mut idle = 0;
         let mut watch = || {
             if serve {
                 let mut served = false;
@@ -274,7 +278,16 @@ impl Record {
             }
             let now = space.progress.load(Relaxed);
             // What it takes to serve a fault (evictions, lost interrupts) does not count against the job.
-            core::mem::replace(&mut seen, now) != now || space.serving.load(Relaxed) != 0
+            if core::mem::replace(&mut seen, now) != now || space.serving.load(Relaxed) != 0 {
+                idle = 0;
+                return true;
+            }
+            idle += 1;
+            if idle > IDLE_LOOKS && channel.is_stalled(session) {
+                // Nobody knows of its fault: the report was lost. After a replay it faults again.
+                session.ask_replay();
+            }
+            false
         };
         let mut patience = Patience {
             step_ms: if serve { DIRECT_STEP_MS } else { STEP_MS },

@@ -38,6 +38,7 @@ use crate::{
         Gpu,
         Session, //
     },
+    lose,
     peers,
     to_ram,
     vram::Vram, //
@@ -230,6 +231,15 @@ impl VramPagemap {
     /// Those of [`evict::all`].
     pub(crate) fn evict_all(&self, session: &Session<'_>) -> Result {
         evict::all(session, self)
+    }
+
+    /// Moves every page that is in use off the device, for good: what cannot come back to system memory is lost.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`lose::all`].
+    pub(crate) fn give_up(&self, session: &Session<'_>) -> Result {
+        lose::all(session, self)
     }
 
     /// The device uses the page now.

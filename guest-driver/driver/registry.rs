@@ -188,6 +188,14 @@ impl JobChannel<'_> {
         self.index
     }
 
+    /// Whether its job waits for a page fault to be served. Reads a register.
+    pub(crate) fn is_stalled(&self, session: &Session<'_>) -> bool {
+        session
+            .regs()
+            .channel(self.index)
+            .is_ok_and(|regs| regs.status().is_stalled())
+    }
+
     /// Runs `job` in address space `asid` to its end.
     pub(crate) fn run(
         &self,

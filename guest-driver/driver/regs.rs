@@ -242,6 +242,11 @@ impl ChannelStatus {
         self.0 == DEAD
     }
 
+    /// Whether a job of the channel waits for a page fault to be served.
+    pub(crate) fn is_stalled(self) -> bool {
+        !self.is_dead() && self.0 & regs::CH_STATUS_STALLED != 0
+    }
+
     /// Whether the channel runs.
     pub(crate) fn is_enabled(self) -> bool {
         !self.is_dead() && self.0 & regs::CH_STATUS_ENABLED != 0

@@ -275,8 +275,7 @@ impl Space {
     }
 
     fn replay(&self, session: &Session<'_>) {
-        session.stats.replays.inc();
-        session.regs().replay_faults();
+        session.ask_replay();
         self.progress.fetch_add(1, Relaxed);
     }
 

@@ -141,4 +141,6 @@ stats! {
     abort_no_room,
     /// Pages that could not be copied.
     abort_copy,
+    /// Pages whose contents are lost.
+    lost,
 }

@@ -250,8 +250,16 @@ fn folio_to_ram(
         session.stats.abort_busy.add(PAGES as u64);
     }
 
-    let moved = moving::run(session, pages, Work::Fault, migration, &mut room.segments)
-        .map_err(|_| FaultError::Bus)?;
+    let moved = match moving::run(session, pages, Work::Fault, migration, &mut room.segments) {
+        Ok(moved) => moved,
+        // If the device cannot read all of it, maybe it can read the page that the CPU wants. The CPU touches that again,
+        // and again if somebody else has a reference now.
+        Err(EIO) => {
+            let _ = fault.split();
+            return Ok(());
+        }
+        Err(_) => return Err(FaultError::Bus),
+    };
     session.stats.to_system.add(moved.pages as u64);
     session.stats.huge_to_system.add(moved.huge as u64);
     Ok(())

@@ -21,12 +21,21 @@ pub(crate) fn node(index: usize) -> String {
     format!("/dev/hmm_dmirror{index}")
 }
 
-/// Number of GPUs that have a node. The nodes of the kernel's test_hmm, which has the same names, are no GPUs'.
+/// Number of GPUs that have a node. The nodes of the kernel's test_hmm, which has the same names, are no GPUs', and those of
+/// coherent memory are no further ones.
 pub(crate) fn count() -> usize {
-    if !std::path::Path::new("/sys/module/hsgpu").exists() {
-        return 0;
-    }
-    (0..).take_while(|&index| std::path::Path::new(&node(index)).exists()).count()
+    let bound = std::fs::read_dir("/sys/bus/pci/drivers/hsgpu").map_or(0, |devices| {
+        let names = devices.filter_map(|device| device.ok()?.file_name().into_string().ok());
+        // By their addresses; everything else in the folder has a plain name.
+        names.filter(|name| name.contains(':')).count()
+    });
+    (0..bound).take_while(|&index| std::path::Path::new(&node(index)).exists()).count()
+}
+
+/// Number of the node of the coherent memory of GPU `index` of `gpus`, if it has any.
+pub(crate) fn coherent_node(index: usize, gpus: usize) -> usize {
+    // Where hmm-tests looks for it.
+    gpus.max(2) + index
 }
 
 /// A call to a GPU that failed.
@@ -340,6 +349,22 @@ impl Gpu {
         Ok(Running { gpu: self, handle: submitted.handle, job })
     }
 
+    /// The same for a job that may be without progress for `limit_ms` only.
+    ///
+    /// # Errors
+    /// [`GpuError::Call`].
+    pub(crate) fn submit_limited(
+        &self,
+        range: PageSpan<'_>,
+        job: Job,
+        limit_ms: u32,
+    ) -> Result<Running<'_>, GpuError> {
+        let request = uapi::Submit { limit_ms, ..Default::default() };
+        let submitted = ioctl::submit(&self.file, range, job, request)
+            .map_err(self.call_error("HSGPU_SUBMIT (limited)", range))?;
+        Ok(Running { gpu: self, handle: submitted.handle, job })
+    }
+
     /// Starts an access job that only loads, at addresses where there may be nothing.
     ///
     /// # Errors
@@ -522,6 +547,7 @@ pub(crate) fn named(stats: &uapi::Stats) -> BTreeMap<String, u64> {
         ("huge_to_system", stats.huge_to_system),
         ("splits", stats.splits),
         ("exclusive", stats.exclusive),
+        ("lost", stats.lost),
         ("coherent_pages", stats.coherent_pages),
         ("coherent_free", stats.coherent_free),
         ("copied", stats.copied),

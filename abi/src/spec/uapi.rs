@@ -365,6 +365,8 @@ pub struct Stats {
     pub abort_no_room: u64,
     /// Pages that were collected and could not be copied.
     pub abort_copy: u64,
+    /// Pages whose contents could not be brought back when the driver was unbound: touching one is an error.
+    pub lost: u64,
 }
 
 /// Reads [`Stats`].
@@ -436,7 +438,7 @@ const _: () = {
     assert!(size_of::<Policy>() == 24);
     assert!(size_of::<Evict>() == 24);
     assert!(size_of::<PeerMigrate>() == 32);
-    assert!(size_of::<Stats>() == 328);
+    assert!(size_of::<Stats>() == 336);
     // The values of lib/test_hmm_uapi.h.
     assert!(HMM_DMIRROR_READ == 0xc028_4800);
     assert!(HMM_DMIRROR_FLAGS == 0xc028_4808);

@@ -7,6 +7,7 @@
 
 use std::marker::PhantomData;
 use std::ops::Range;
+use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
@@ -303,6 +304,24 @@ impl<C: Cell> Mapping<C> {
 }
 
 impl Mapping {
+    /// Whether the kernel can read a page on our behalf: where it cannot, touching it would be the end.
+    ///
+    /// # Errors
+    /// Of the system calls, but for the one that says no.
+    pub(crate) fn is_readable(&self, page: usize) -> io::Result<bool> {
+        let (_reader, writer) = rustix::pipe::pipe()?;
+        let start: *const AtomicU64 = self.page(page).as_ptr();
+        // SAFETY: the kernel reads one word of a page of the mapping, which consists of atomics.
+        let written = unsafe { libc::write(writer.as_raw_fd(), start.cast(), size_of::<u64>()) };
+        match written {
+            0.. => Ok(true),
+            _ => match io::Errno::from_io_error(&std::io::Error::last_os_error()) {
+                Some(io::Errno::FAULT) => Ok(false),
+                other => Err(other.unwrap_or(io::Errno::IO)),
+            },
+        }
+    }
+
     /// The pages `pages`; `None` if they are not all in the mapping, or none.
     pub(crate) fn span(&self, pages: Range<usize>) -> Option<PageSpan<'_>> {
         (pages.start < pages.end && pages.end <= self.pages).then(|| PageSpan {

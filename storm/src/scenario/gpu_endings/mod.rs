@@ -1,5 +1,7 @@
 //! `gpu-endings`: jobs of the GPU lose what they stand on.
 
+mod losses;
+
 use std::fs;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
@@ -43,15 +45,23 @@ enum Ending {
     Unmap,
     Protect,
     Unbind,
+    Hang,
+    Poison,
+    Surprise,
 }
 
 impl Ending {
-    const ALL: [(&'static str, Self); 5] = [
+    /// What `all` stands for: what needs no help of the device.
+    const OF_ALL: usize = 5;
+    const EACH: [(&'static str, Self); 8] = [
         ("close", Self::Close),
         ("kill", Self::Kill),
         ("unmap", Self::Unmap),
         ("protect", Self::Protect),
         ("unbind", Self::Unbind),
+        ("hang", Self::Hang),
+        ("poison", Self::Poison),
+        ("surprise", Self::Surprise),
     ];
 }
 
@@ -59,7 +69,11 @@ impl GpuEndings {
     /// From its parameters.
     pub(crate) fn new(parameters: &Parameters) -> Self {
         let wanted = parameters.choice("ending");
-        let endings = Ending::ALL
+        let endings = match wanted {
+            "all" => &Ending::EACH[..Ending::OF_ALL],
+            _ => &Ending::EACH[..],
+        };
+        let endings = endings
             .iter()
             .filter(|(name, _)| wanted == "all" || wanted == *name)
             .map(|(_, ending)| *ending)
@@ -86,9 +100,18 @@ impl GpuEndings {
                     Ending::Unmap => self.unmap(tag)?,
                     Ending::Protect => self.protect(tag)?,
                     Ending::Unbind => self.unbind(tag)?,
+                    Ending::Hang => self.hang(tag)?,
+                    Ending::Poison => self.poison(tag)?,
+                    Ending::Surprise => self.surprise(tag)?,
                 }
-                self.works(tag)?;
+                // What is gone or poisoned stays so.
+                if !matches!(ending, Ending::Poison | Ending::Surprise) {
+                    self.works(tag)?;
+                }
                 slot.complete(0);
+                if *ending == Ending::Surprise {
+                    return Ok(());
+                }
             }
         }
         Ok(())
