@@ -23,6 +23,7 @@ use kernel::{
 mod abi;
 
 mod access;
+mod atomic;
 mod channel;
 mod compat;
 mod driver;

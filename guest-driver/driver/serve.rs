@@ -8,7 +8,9 @@
 //! 2. If the page is where it should be, and can be accessed as wanted, enter it and its neighbours in the page table,
 //!    under the notifier's lock, so that nothing changes meanwhile. Done.
 //! 3. If it should be in VRAM and is not, migrate the chunk, once.
-//! 4. Otherwise have the kernel fault it in (`hmm_range_fault()` for real).
+//! 4. If the job wants to be atomic on a page that stays where it is, take it away from everyone else
+//!    ([`crate::atomic`]). Done.
+//! 5. Otherwise have the kernel fault it in (`hmm_range_fault()` for real).
 //!
 //! Then begin again. What cannot be served (no VMA, no permission, the process is gone, the page tables do not come to
 //! rest) is cancelled, and its job ends with a page fault.
@@ -30,6 +32,7 @@ use kernel::{
             Request, //
         },
         pagemap::{
+            DevicePageRef,
             Kind,
             Owner, //
         },
@@ -54,7 +57,10 @@ use crate::{
             Reason,
             Want, //
         },
-        ring::Location,
+        ring::{
+            Aperture,
+            Location, //
+        },
         uapi::{
             self,
             PAGE_SIZE, //
@@ -86,22 +92,22 @@ use crate::{
 };
 
 /// [`PAGE_SIZE`] as virtual addresses count.
-const PAGE: u64 = PAGE_SIZE as u64;
+pub(crate) const PAGE: u64 = PAGE_SIZE as u64;
 /// A chunk as large as a huge page.
 const HUGE_CHUNK: u64 = PAGE << order_of(HUGE);
 
 /// What is needed to serve faults, allocated beforehand.
 pub(crate) struct Server<'a> {
-    space: &'a Space,
-    session: &'a Session<'a>,
-    pagemap: &'a VramPagemap,
+    pub(crate) space: &'a Space,
+    pub(crate) session: &'a Session<'a>,
+    pub(crate) pagemap: &'a VramPagemap,
     mm: Option<ARef<MmWithUser>>,
     /// The faults that are being served.
     pub(crate) batch: KVec<Fault>,
     pfns: KVVec<HmmPfn>,
     /// The leaf that is to be entered at each page of a chunk.
     leaves: KVVec<Option<Pte>>,
-    stash: Stash<Dma>,
+    pub(crate) stash: Stash<Dma>,
 }
 
 /// How the fault of one attempt ended.
@@ -110,6 +116,8 @@ enum Attempt {
     Mapped,
     /// The page is not where it should be: migrate it.
     Migrate(Range<u64>),
+    /// The page stays where it is, and the GPU needs it for itself.
+    Exclude,
     /// There is nothing, or not with the rights wanted: have it faulted in, for this owner.
     FaultIn(Option<Owner>),
     /// Begin again.
@@ -201,11 +209,13 @@ impl<'a> Server<'a> {
             match self.attempt(&mm, fault, &policy, migrate)? {
                 Attempt::Mapped => return Ok(()),
                 Attempt::Migrate(range) => {
-                    // The GPU can be atomic in its own memory only; elsewhere, once is enough.
-                    migrate = fault.want == Want::Atomic;
+                    migrate = false;
                     self.migrate(&mm, range, &policy)?;
-                    if !migrate {
-                        continue;
+                    continue;
+                }
+                Attempt::Exclude => {
+                    if self.make_exclusive(&mm, fault)? {
+                        return Ok(());
                     }
                 }
                 Attempt::FaultIn(owner) => self.fault_in(&mm, fault, owner)?,
@@ -234,14 +244,13 @@ impl<'a> Server<'a> {
         }
         Steer {
             policy,
-            // Memory of its own is the only one on which the GPU can be atomic.
-            migrate: may || fault.want == Want::Atomic,
+            migrate: may,
         }
     }
 
     /// Whose device-private pages are reported as such, and not fetched.
-    fn owner(&self, fault: &Fault, policy: &Policy) -> Option<Owner> {
-        (policy.own || fault.want == Want::Atomic).then(|| self.pagemap.owner())
+    fn owner(&self, policy: &Policy) -> Option<Owner> {
+        policy.own.then(|| self.pagemap.owner())
     }
 
     /// Looks at the chunk, and maps what is good.
@@ -252,7 +261,7 @@ impl<'a> Server<'a> {
         policy: &Policy,
         migrate: bool,
     ) -> Result<Attempt> {
-        let owner = self.owner(fault, policy);
+        let owner = self.owner(policy);
         let seq = self.space.notifier.read_begin();
         let mmap = mm.mmap_read_lock();
         let vma = mmap.vma_lookup(usize::try_from(fault.va)?).ok_or(EFAULT)?;
@@ -280,15 +289,17 @@ impl<'a> Server<'a> {
         let verdict = match mapped.entry(at) {
             Entry::Page(page) => judge(self.pagemap, &page, fault.want, migrate),
             Entry::None if migrate => Verdict::Migrate,
+            // Maybe it is exclusive already, and not in the page table any more.
+            Entry::None if fault.want == Want::Atomic => Verdict::Exclude,
             // Snapshots report huge pages of strangers' devices as errors. Whether it is one shows when it is faulted.
             Entry::None | Entry::Error => Verdict::FaultIn,
         };
         match verdict {
             Verdict::Good => (),
             Verdict::Migrate => return Ok(Attempt::Migrate(range)),
+            Verdict::Exclude => return Ok(Attempt::Exclude),
             Verdict::FaultIn => return Ok(Attempt::FaultIn(owner)),
             Verdict::Unshare => return Ok(Attempt::FaultIn(None)),
-            Verdict::Hopeless => return Err(EPERM),
         }
 
         let map = Map {
@@ -378,11 +389,11 @@ struct Steer {
 enum Verdict {
     Good,
     Migrate,
+    Exclude,
     FaultIn,
     /// `hmm_range_fault()` reports device pages of the asking owner as they are, also if they may only be read because
     /// they are shared. For a stranger it faults them: they come to system memory, and are copied there.
     Unshare,
-    Hopeless,
 }
 
 /// What is to be done with a page that is there.
@@ -390,21 +401,29 @@ fn judge(pagemap: &VramPagemap, page: &HmmPage<'_>, want: Want, migrate: bool) -
     let writable = want == Want::Read || page.is_writable();
 
     match page.memory() {
-        Memory::Device(device) if pagemap.locate(&device).is_ok() => {
+        Memory::Device(device) if own(pagemap, &device).is_some() => {
             if writable {
                 Verdict::Good
             } else {
                 Verdict::Unshare
             }
         }
-        // Coherent memory of others does not migrate, and is in nobody's page tables here.
-        Memory::Device(device) if device.kind() == Kind::Coherent => Verdict::Hopeless,
         // Shared memory is made private first: it would have to come back for that.
         _ if !writable => Verdict::FaultIn,
-        _ if migrate => Verdict::Migrate,
+        // Coherent memory of another GPU, which that has brought there: it is used where it is, as a peer's.
+        Memory::Device(_) if want != Want::Atomic => Verdict::Good,
+        Memory::System(_) if migrate => Verdict::Migrate,
         Memory::System(_) if want != Want::Atomic => Verdict::Good,
-        _ => Verdict::Hopeless,
+        _ => Verdict::Exclude,
     }
+}
+
+/// Where a page is in this GPU's VRAM, whichever part that is, if it is there.
+fn own(pagemap: &VramPagemap, device: &DevicePageRef<'_>) -> Option<Location> {
+    pagemap
+        .reach(device)
+        .ok()
+        .filter(|location| location.aperture == Aperture::Vram)
 }
 
 /// Entering a chunk in the page table.
@@ -486,12 +505,18 @@ impl Map<'_> {
 
         let pte = match page.memory() {
             Memory::Device(device) => {
-                let Ok(location) = self.pagemap.locate(&device) else {
+                let Ok(location) = self.pagemap.reach(&device) else {
                     return Ok(None);
+                };
+                // On a peer's memory the GPU is no more atomic than on that of the system.
+                let rights = if location.aperture == Aperture::Vram {
+                    in_vram(write)
+                } else {
+                    write
                 };
 
                 self.pagemap.touch(&device);
-                Pte::leaf(location, in_vram(write))
+                Pte::leaf(location, rights)
             }
             Memory::System(_) => self.map_system(mapped, index, SMALL, write)?,
         };

@@ -14,7 +14,7 @@
 //!
 //! # Locks
 //!
-//! The order is that of [`crate::gpu`]. `jobs` and `steering` (mutexes) and `pending` (spinlock) are innermost: nothing
+//! The order is that of [`crate::gpu`]. `making` (mutex) is outside of `mmap_lock`. `jobs` and `steering` (mutexes) and `pending` (spinlock) are innermost: nothing
 //! is taken, allocated or waited for under them but `changed`.
 
 use kernel::{
@@ -87,6 +87,9 @@ pub(crate) struct Space {
     pub(crate) asid: u32,
     #[pin]
     pub(crate) notifier: IntervalNotifier<Tables>,
+    /// Held while a page is made exclusive: one does so at a time.
+    #[pin]
+    pub(crate) making: Mutex<()>,
     #[pin]
     pub(crate) steering: Mutex<Steering>,
     #[pin]
@@ -156,6 +159,7 @@ impl Space {
             try_pin_init!(Self {
                 node: node.clone(),
                 asid,
+                making <- new_mutex!((), "hsgpu::space::making"),
                 steering <- new_mutex!(steering, "hsgpu::space::steering"),
                 jobs <- new_mutex!(jobs, "hsgpu::space::jobs"),
                 changed <- new_poll_condvar!("hsgpu::space::changed"),

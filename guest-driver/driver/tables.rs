@@ -14,6 +14,7 @@
 use core::ops::Range;
 
 use kernel::{
+    current,
     device::{
         Bound,
         Device, //
@@ -27,7 +28,8 @@ use kernel::{
         }, //
     },
     prelude::*,
-    sync::Arc, //
+    sync::Arc,
+    task::Pid, //
 };
 
 use crate::{
@@ -124,6 +126,10 @@ pub(crate) struct Tables {
     asid: u32,
     /// [`None`] once the space is closed: nothing can be mapped any more.
     table: Option<PageTable<Dma>>,
+    /// Notifications so far, but for those that `watcher` caused.
+    changes: u64,
+    /// The last task that made a page exclusive here.
+    watcher: Pid,
 }
 
 impl Tables {
@@ -139,6 +145,8 @@ impl Tables {
             gpu,
             asid,
             table: Some(table),
+            changes: 0,
+            watcher: 0,
         })
     }
 
@@ -207,6 +215,17 @@ impl Tables {
         });
     }
 
+    /// From now on changes that the task `watcher` makes itself do not count. Returns [`Self::changes`].
+    pub(crate) fn watch(&mut self, watcher: Pid) -> u64 {
+        self.watcher = watcher;
+        self.changes
+    }
+
+    /// How often others have changed the process's page tables.
+    pub(crate) fn changes(&self) -> u64 {
+        self.changes
+    }
+
     /// Takes everything from the GPU, and frees the tables. The space must not be bound to them any more.
     pub(crate) fn close(&mut self) {
         self.table = None;
@@ -220,7 +239,7 @@ pub(crate) fn unmap(session: &Session<'_>, pte: Pte, level: u32) {
         address,
     }) = pte.location()
     {
-        // SAFETY: The mapping was made by `Space::map()` for this leaf, with the order of its level and the direction of
+        // SAFETY: The mapping was made by `Server` for this leaf, with the order of its level and the direction of
         // its rights. The TLB has been invalidated since the leaf was cleared, so the device does not use it any more;
         // and a leaf is reaped once.
         unsafe {
@@ -236,6 +255,9 @@ pub(crate) fn unmap(session: &Session<'_>, pte: Pte, level: u32) {
 
 impl Invalidate for Tables {
     fn invalidate(mut self: Pin<&mut Self>, range: Range<usize>, _event: Event) {
+        if current!().pid() != self.watcher {
+            self.changes += 1;
+        }
         // CAST: `usize` has 64 bits.
         self.take(range.start as u64..range.end as u64);
     }

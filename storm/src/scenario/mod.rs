@@ -7,6 +7,7 @@ mod conformance;
 pub(crate) mod definition;
 mod drain_livelock;
 mod evict_pressure;
+mod exclusive_atomics;
 mod fault_storm;
 mod fork_cow;
 mod gate;
@@ -191,6 +192,9 @@ const SCENARIOS: &[(&str, Build)] = &[
         Ok(Box::new(evict_pressure::EvictPressure::new(p, m)))
     }),
     (include_str!("../../scenarios/svm.toml"), |p, m| Ok(Box::new(svm::Svm::new(p, m)))),
+    (include_str!("../../scenarios/exclusive-atomics.toml"), |p, m| {
+        Ok(Box::new(exclusive_atomics::ExclusiveAtomics::new(p, m)))
+    }),
     (include_str!("../../scenarios/gpu-endings.toml"), |p, _| Ok(Box::new(gpu_endings::GpuEndings::new(p)))),
     (include_str!("../../scenarios/fault-storm.toml"), |p, m| {
         Ok(Box::new(fault_storm::FaultStorm::new(p, m)))

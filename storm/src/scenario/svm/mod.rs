@@ -131,6 +131,10 @@ impl Svm {
                 "pages were evicted though all of them fit",
             ),
             (
+                !migrates && after.exclusive == before.exclusive,
+                "the GPU was atomic on no page that stays in system memory",
+            ),
+            (
                 self.policy.limit != 0 && after.thrashing == before.thrashing,
                 "no chunk moved so often that it had to stay",
             ),
