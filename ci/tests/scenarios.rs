@@ -60,7 +60,8 @@ fn ping_pong() {
 
 #[test]
 fn peer_ping_pong() {
-    passes("peer-ping-pong", &["--param", "rounds=15"]);
+    let storm = passes("peer-ping-pong", &["--param", "rounds=15", "--param", "direct=true"]);
+    assert!(counted(&storm, "from_peer") > 0, "{}", storm.output);
 }
 
 #[test]

@@ -157,6 +157,17 @@ fn huge_pages_go_to_the_gpu_whole() {
     assert_eq!(counter("gpu_mapped"), counter("gpu_unmapped"), "pages are left in GPU page tables");
 }
 
+/// Pages in the coherent memory of GPU 1 are a peer's for jobs of GPU 0.
+#[test]
+fn gpus_work_on_coherent_memory_of_others() {
+    let run = ["svm", "--cpus", "2", "--param", "factor=1", "--append", "hsgpu.coherent_mib=2"];
+    let storm = Storm::run("svm-coherent", run);
+    expect(&storm, "pass", 0);
+    let driver = storm.verdicts[0]["driver"].as_array().expect("the driver's counters");
+    assert_eq!(driver.len(), 2, "nodes of coherent memory are no GPUs");
+    assert!(driver[1]["to_device"].as_u64() > Some(0), "nothing went to the coherent memory of GPU 1");
+}
+
 #[test]
 fn jobs_see_a_broken_copy() {
     let storm = Storm::run(
@@ -204,4 +215,12 @@ fn lost_reports_of_page_faults_are_made_up_for() {
     expect(&storm, "pass", 0);
     let driver = storm.verdicts[0]["driver"].as_array().expect("the driver's counters");
     assert!(driver[0]["fault_overflows"].as_u64() > Some(0), "no overflow");
+}
+
+#[test]
+fn atomics_of_cpus_and_gpus_add_up_in_ram() {
+    let storm = Storm::run("exclusive-atomics", ["exclusive-atomics", "--param", "jobs=4"]);
+    expect(&storm, "pass", 0);
+    let driver = storm.verdicts[0]["driver"].as_array().expect("the driver's counters");
+    assert!(driver.iter().all(|gpu| gpu["exclusive"].as_u64() > Some(0)), "a GPU had no page for itself");
 }

@@ -24,7 +24,7 @@ pub(crate) fn node(index: usize) -> String {
 /// Number of GPUs that have a node. The nodes of the kernel's test_hmm, which has the same names, are no GPUs', and those of
 /// coherent memory are no further ones.
 pub(crate) fn count() -> usize {
-    let bound = std::fs::read_dir("/sys/bus/pci/drivers/hsgpu").map_or(0, |devices| {
+    let bound = fs::read_dir("/sys/bus/pci/drivers/hsgpu").map_or(0, |devices| {
         let names = devices.filter_map(|device| device.ok()?.file_name().into_string().ok());
         // By their addresses; everything else in the folder has a plain name.
         names.filter(|name| name.contains(':')).count()

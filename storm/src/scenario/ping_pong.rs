@@ -26,6 +26,8 @@ pub(crate) struct PingPong {
     pages: usize,
     rounds: u64,
     migrate: bool,
+    direct: bool,
+    gpus: usize,
 }
 
 /// What the workers share.
@@ -50,13 +52,15 @@ impl PingPong {
             pages: parameters.integer("pages") as usize,
             rounds: parameters.integer("rounds"),
             migrate: parameters.flag("migrate"),
+            direct: peers && parameters.flag("direct"),
+            gpus: machine.gpus,
         }
     }
 
     fn storm(&self, context: &Context<'_>) -> Result<(), WorkError> {
         let slot = context.board.slot(0);
         slot.enter("leader");
-        let before = moved()?;
+        let (before, direct) = (moved()?, from_peers()?);
         let table = |_| {
             let mapping = Mapping::private(self.pages).map_err(WorkError::system("mmap of the range"))?;
             Ok(Table {
@@ -74,6 +78,9 @@ impl PingPong {
         if context.board.has_finding() {
             return Err(WorkError::Elsewhere);
         }
+        if self.direct && from_peers()? == direct {
+            return Err(WorkError::Condition("no page went from GPU to GPU".to_owned()));
+        }
         match (self.migrate, moved()? - before) {
             (true, 0) => Err(WorkError::Condition("no page went to a device: nobody fought".to_owned())),
             (false, 1..) => {
@@ -87,6 +94,11 @@ impl PingPong {
 /// Pages that went to devices.
 fn moved() -> Result<u64, WorkError> {
     Ok(all_stats()?.iter().map(|s| s.to_device).sum())
+}
+
+/// Pages that went from one device to another.
+fn from_peers() -> Result<u64, WorkError> {
+    Ok(all_stats()?.iter().map(|s| s.from_peer).sum())
 }
 
 impl Workload for PingPong {
@@ -114,6 +126,8 @@ struct Player<'a> {
     rng: Rng,
     /// The worker's own GPU; a CPU's worker needs none.
     gpu: Option<Gpu>,
+    /// The others, if it takes pages from them by a copy from GPU to GPU.
+    others: Vec<Gpu>,
     buffer: Mapping,
 }
 
@@ -132,6 +146,12 @@ impl<'a> Player<'a> {
             gpu: match scenario.sides[member.number] {
                 Side::Cpu => None,
                 Side::Gpu(gpu) => Some(Gpu::open(gpu)?),
+            },
+            others: match scenario.sides[member.number] {
+                Side::Gpu(own) if scenario.direct => {
+                    (0..scenario.gpus).filter(|gpu| *gpu != own).map(Gpu::open).collect::<Result<_, _>>()?
+                }
+                _ => Vec::new(),
             },
             buffer: Mapping::private(1).map_err(WorkError::system("mmap of a player's buffer"))?,
         })
@@ -158,6 +178,9 @@ impl<'a> Player<'a> {
     /// A GPU first wants the page in its own memory, whoever uses it just now.
     fn take(&self, page: usize) -> Result<(), WorkError> {
         let Some(gpu) = self.gpu.as_ref().filter(|_| self.scenario.migrate) else { return Ok(()) };
+        for other in &self.others {
+            gpu.take_from(self.table.range.span(page..page + 1)?, other)?;
+        }
         self.table.range.migrate(page..page + 1, gpu, self.member.slot)
     }
 

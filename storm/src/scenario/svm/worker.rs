@@ -3,11 +3,11 @@
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 
 use hmmstorm_abi::job::{Job, Op, Outcome, Pattern, WORD, mix, word_at};
-use hmmstorm_abi::uapi::PAGE_SIZE;
+use hmmstorm_abi::uapi::{PAGE_SIZE, SELECT_SYSTEM};
 
 use super::{PIECE, Svm};
 use crate::board::Slot;
-use crate::gpu::Gpu;
+use crate::gpu::{Gpu, coherent_node};
 use crate::machine::pin;
 use crate::rng::Rng;
 use crate::scenario::{Context, WorkError};
@@ -38,6 +38,8 @@ pub(super) struct Worker<'a> {
     gpu: Gpu,
     /// Another one, which takes pages from the first.
     peer: Option<Gpu>,
+    /// The coherent memory of the other one, if it has any.
+    coherent: Option<Gpu>,
     /// What CPU and GPU write in turns.
     memory: Mapping,
     /// Whether it consists of huge pages.
@@ -70,6 +72,12 @@ impl<'a> Worker<'a> {
         if let Some(peer) = &peer {
             peer.set_policy(scenario.policy)?;
         }
+        let coherent = match &peer {
+            Some(peer) if peer.stats()?.coherent_pages != 0 => {
+                Some(Gpu::open(coherent_node(peer.index(), scenario.machine.gpus))?)
+            }
+            _ => None,
+        };
         Ok(Self {
             context,
             slot,
@@ -78,6 +86,7 @@ impl<'a> Worker<'a> {
             rng: Rng::new(context.seed, number as u64),
             gpu,
             peer,
+            coherent,
             memory: if scenario.huge() {
                 Mapping::blocks(pages / BLOCK_PAGES, true).map_err(WorkError::system("mmap of huge pages"))?
             } else {
@@ -126,6 +135,7 @@ impl<'a> Worker<'a> {
             12 => self.evict(piece),
             13 => self.count(),
             14 => self.follow(),
+            15 if self.coherent.is_some() && self.rng.up_to(1) == 0 => self.in_coherent(piece),
             15 => self.check_by_peer(piece),
             _ => self.check_here(piece),
         }
@@ -289,6 +299,17 @@ impl<'a> Worker<'a> {
         self.begin()?;
         peer.take_from(self.span(piece)?, &self.gpu)?;
         self.accept(piece, job, peer.submit(self.span(piece)?, job)?.wait()?)
+    }
+
+    /// A piece goes to the coherent memory of the other GPU, where this one checks it and gives it new contents.
+    fn in_coherent(&mut self, piece: usize) -> Result<(), WorkError> {
+        let Some(coherent) = &self.coherent else { return Ok(()) };
+        self.begin()?;
+        self.gpu.evict(self.whole(piece)?)?;
+        coherent.migrate_here(self.span(piece)?, SELECT_SYSTEM)?;
+        self.slot.complete(0);
+        self.next_by_gpu(piece)?;
+        self.check_by_cpu(piece)
     }
 
     /// The GPU checks a piece and writes its next generation, word by word.
