@@ -5,6 +5,7 @@
 //! ([`crate::oracle`]), WARN, BUG and bad pages by the host, from the console, and with them the counters of every
 //! address space that has ended, which the kernel checks itself (`check_mm()`, kernel/fork.c).
 
+mod bits;
 mod huge;
 pub(crate) mod rss;
 mod tasks;
@@ -17,6 +18,7 @@ use hmmstorm_abi::wire::event::{Event, Progress};
 
 use crate::clock::poll;
 use crate::gpu::{self, GpuError};
+use bits::Bit;
 use huge::HugePages;
 
 /// Guest time that the kernel gets to return what the run held.
@@ -70,12 +72,17 @@ impl Baseline {
             ("huge-pages-by-size", &anon),
             ("tasks", &tasks::uninterruptible),
         ];
-        let wrong = invariants
+        let judged = |name: &str| !waived.iter().any(|waived| waived == name);
+        let told = |(name, detail): (&str, String)| Event::Invariant { name: name.to_owned(), detail };
+        let mut wrong: Vec<Event> = invariants
             .into_iter()
-            .filter(|(name, _)| !waived.iter().any(|waived| waived == name))
+            .filter(|(name, _)| judged(name))
             .filter_map(|(name, check)| Some((name, settled(check)?)))
-            .map(|(name, detail)| Event::Invariant { name: name.to_owned(), detail })
+            .map(told)
             .collect();
+        // Last, for they send pages to the GPU.
+        let bits = Bit::ALL.into_iter().filter(|bit| judged(bit.invariant()));
+        wrong.extend(bits.filter_map(|bit| Some((bit.invariant(), bit.changed()?))).map(told));
         Ok((wrong, gpu::all_stats()?))
     }
 

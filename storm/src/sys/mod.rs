@@ -4,6 +4,7 @@
 pub(crate) mod dmirror;
 pub(crate) mod ioctl;
 pub(crate) mod memory;
+pub(crate) mod pagemap;
 pub(crate) mod pin;
 pub(crate) mod process;
 pub(crate) mod uffd;

@@ -1,29 +1,15 @@
 //! What the kernel tells of this process's memory.
 
-use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
-
-use hmmstorm_abi::uapi::PAGE_SIZE;
+use std::fs;
 
 use crate::scenario::WorkError;
+use crate::sys::pagemap;
+pub(super) use crate::sys::pagemap::UFFD_WP;
 use crate::sys::vma::Vma;
-
-/// Bit of a pagemap entry: write-protected by userfaultfd (Documentation/admin-guide/mm/pagemap.rst).
-pub(super) const UFFD_WP: u64 = 1 << 57;
 
 /// The pagemap entry of every page of `vma`.
 pub(super) fn pagemap(vma: &Vma) -> Result<Vec<u64>, WorkError> {
-    let failed = WorkError::system::<std::io::Error>;
-    let file = File::open("/proc/self/pagemap").map_err(failed("open(/proc/self/pagemap)"))?;
-    let mut bytes = vec![0; vma.pages() * size_of::<u64>()];
-    let offset = vma.address(0) / PAGE_SIZE as u64 * size_of::<u64>() as u64;
-    file.read_exact_at(&mut bytes, offset).map_err(failed("pread(/proc/self/pagemap)"))?;
-    let entry = |chunk: &[u8]| {
-        let mut eight = [0; size_of::<u64>()];
-        eight.copy_from_slice(chunk);
-        u64::from_ne_bytes(eight)
-    };
-    Ok(bytes.chunks_exact(size_of::<u64>()).map(entry).collect())
+    pagemap::entries(vma).map_err(WorkError::system("read(/proc/self/pagemap)"))
 }
 
 /// The field `name` (in kB) of the VMA that begins at `vma`, from /proc/self/smaps.
@@ -47,7 +33,7 @@ fn field(smaps: &str, start: u64, name: &str) -> Option<u64> {
 
 /// Forgets which pages were written since the last time (`clear_refs`, 4).
 pub(super) fn clear_soft_dirty() -> Result<(), WorkError> {
-    fs::write("/proc/self/clear_refs", "4").map_err(WorkError::system("write(/proc/self/clear_refs)"))
+    pagemap::clear_soft_dirty().map_err(WorkError::system("write(/proc/self/clear_refs)"))
 }
 
 /// The kernel's count of anonymous folios of 2 MiB.
