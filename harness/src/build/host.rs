@@ -4,7 +4,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::pins::{HostPackages, Need};
-use super::process::{Job, guarded, which};
+pub use super::process::which;
+use super::process::{Job, guarded};
 use super::progress::Unit;
 use super::{BuildError, Cache, Progress};
 

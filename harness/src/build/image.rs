@@ -33,9 +33,13 @@ pub struct Provenance {
     pub kernel_version: String,
     /// Checksum of the pristine source: of its tarball, or of all files of a user's tree.
     pub kernel_source_sha256: String,
+    /// Of a user's tree: what git calls the commit that was checked out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tree: Option<String>,
     /// Patches on it, in order of application.
     pub patches: Vec<AppliedPatch>,
-    /// Names of the fix candidates and of the user's files, joined by `+` in order of application.
+    /// Names of the user's tree, of the fix candidates and of the user's files, joined by `+` in order of application, or
+    /// what the user calls it.
     pub variant: String,
     /// Kind of build.
     pub flavour: String,

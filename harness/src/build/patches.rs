@@ -14,7 +14,7 @@ use super::error::IoContext;
 use super::{BuildError, Cache, hash, selftests};
 
 /// A file of the user's with patches.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum UserPatch {
     /// `--patch`: a diff, or a mail with one.
     Patch(PathBuf),

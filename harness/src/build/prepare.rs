@@ -22,7 +22,7 @@ use crate::cli::{Context, ImageArgs, Preempt};
 use crate::judge::structures::Reader;
 
 /// What to build. The default is the reference kernel, stock.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Request {
     /// Kernel of the list.
     pub kernel: Option<String>,
@@ -34,6 +34,23 @@ pub struct Request {
     pub patches: Vec<UserPatch>,
     /// Kind of build.
     pub flavour: Option<String>,
+    /// What to call it in place of the names of its parts.
+    pub name: Option<String>,
+}
+
+impl Request {
+    /// What the result is called: the names of its parts, bottom first. `stock` is what the kernel is by itself, and is
+    /// said where nothing else is.
+    #[must_use]
+    pub fn variant_name(&self, stock: &str) -> String {
+        if let Some(name) = &self.name {
+            return name.clone();
+        }
+        let tree = self.tree.as_deref().map(source::tree_name);
+        let files = self.patches.iter().map(UserPatch::name);
+        let parts: Vec<String> = tree.into_iter().chain(self.variant.clone()).chain(files).collect();
+        if parts.is_empty() { stock.to_owned() } else { parts.join("+") }
+    }
 }
 
 impl From<&ImageArgs> for Request {
@@ -50,6 +67,7 @@ impl From<&ImageArgs> for Request {
                 .chain(args.mbox.iter().cloned().map(UserPatch::Mailbox))
                 .collect(),
             flavour: args.flavour.clone(),
+            name: None,
         }
     }
 }
@@ -231,10 +249,10 @@ impl Builder {
             patches::series(&folders, &kernel.without)?
         };
         patches.extend(stack.patches(&pins.repo.join("images/variants"))?);
-        let mut variant = stack.name();
+        let named = Request { variant: request.variant.as_ref().map(|_| stack.name()), ..request.clone() };
+        let variant = named.variant_name(&stack.name());
         for given in &request.patches {
             let own = patches::user(given, &self.cache)?;
-            variant = format!("{variant}+{}", given.name());
             for patch in &own {
                 let patched = patch.files().iter().map(|f| f.display().to_string()).collect::<Vec<_>>();
                 self.progress.note(format_args!(
@@ -275,6 +293,7 @@ impl Builder {
         let provenance = Provenance {
             kernel_version: kernel.release.clone(),
             kernel_source_sha256: kernel.source_sha256.clone(),
+            tree: recipe.source.described(),
             patches: recipe
                 .patches
                 .iter()

@@ -42,7 +42,7 @@ pub(super) fn guarded(program: impl AsRef<OsStr>) -> Command {
 }
 
 /// Where on `PATH` a program is.
-pub(super) fn which(program: &str) -> Option<PathBuf> {
+pub fn which(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
     // Distributions keep some tools where ordinary users do not look.
     std::env::split_paths(&path)

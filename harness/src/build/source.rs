@@ -51,8 +51,20 @@ impl Source {
     pub(super) fn name(&self) -> String {
         match self {
             Self::Pinned(kernel) => kernel.name.clone(),
-            Self::Tree(dir) => format!("tree-{}", dir.file_name().unwrap_or_default().to_string_lossy()),
+            Self::Tree(dir) => tree_name(dir),
         }
+    }
+
+    /// Of a user's tree: what git calls the commit that is checked out, and whether it was changed; without git, no more
+    /// than that it is one.
+    pub(super) fn described(&self) -> Option<String> {
+        let Self::Tree(dir) = self else { return None };
+        let mut command = Command::new("git");
+        command.arg("-C").arg(dir).args(["describe", "--always", "--long", "--dirty"]);
+        let output =
+            command.output().ok().filter(|output| output.status.success() && dir.join(".git").exists());
+        let commit = output.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned());
+        Some(commit.filter(|commit| !commit.is_empty()).unwrap_or_else(|| "not in git".into()))
     }
 
     /// Sees that `dir/src` holds the source, or for a user's tree: holds it as it is now. Gives a checksum of it all.
@@ -87,6 +99,11 @@ impl Source {
             }
         }
     }
+}
+
+/// A short name for a user's tree.
+pub(super) fn tree_name(dir: &Path) -> String {
+    format!("tree-{}", dir.file_name().unwrap_or_default().to_string_lossy())
 }
 
 /// The version that the Makefile of a source tree states, as `6.19.6`.

@@ -19,6 +19,7 @@ use hmmstorm_abi::wire::event::cmdline;
 use serde::{Deserialize, Serialize};
 
 use crate::build::image::AppliedPatch;
+use crate::build::patches::Origin;
 use crate::build::{BuildError, Image};
 use crate::judge::record::{self, Record};
 
@@ -195,12 +196,48 @@ fn set_parameters(record: &Record) -> Vec<(String, String)> {
     words.filter_map(pair).collect()
 }
 
+/// The options that ask for a run's kernel, as name and value: its variant, or the user's tree and files by their names.
+#[must_use]
+pub fn kernel_options(record: &Record) -> Vec<(&'static str, String)> {
+    let image = &record.provenance.image;
+    let patches: Vec<AppliedPatch> = serde_json::from_value(image["patches"].clone()).unwrap_or_default();
+    let own: Vec<_> = patches.iter().filter(|patch| patch.origin == Some(Origin::User)).collect();
+    let tree = image["tree"].as_str();
+    if own.is_empty() && tree.is_none() {
+        return vec![("--variant", record.run.variant.clone())];
+    }
+    let mut below: Vec<&str> = Vec::new();
+    for patch in &patches {
+        if let Some(Origin::Variant(name)) = &patch.origin
+            && below.last() != Some(&name.as_str())
+        {
+            below.push(name);
+        }
+    }
+    let mut options: Vec<_> = tree.map(|commit| ("--tree", format!("DIR-AT-{commit}"))).into_iter().collect();
+    if !below.is_empty() {
+        options.push(("--variant", below.join("+")));
+    }
+    for patch in own {
+        // Of a series the mailbox is what can be given.
+        let file = match patch.name.split_once(", mail ") {
+            Some((mailbox, _)) => ("--mbox", mailbox.to_owned()),
+            None => ("--patch", patch.name.clone()),
+        };
+        if !options.contains(&file) {
+            options.push(file);
+        }
+    }
+    options
+}
+
 /// The command that makes a run. Words that the scenario itself adds to the kernel's command line are not told apart from
 /// the user's, and are left out.
 #[must_use]
 pub fn command(record: &Record) -> String {
     let run = &record.run;
-    let mut words = vec![format!("hmmstorm storm {} --variant {}", run.scenario, run.variant)];
+    let mut words = vec![format!("hmmstorm storm {}", run.scenario)];
+    words.extend(kernel_options(record).iter().map(|(option, value)| format!("{option} {value}")));
     words.extend(run.control.iter().map(|control| format!("--control {control}")));
     if run.control.is_none() {
         words.extend(set_parameters(record).iter().map(|(name, value)| format!("--param {name}={value}")));
@@ -248,6 +285,32 @@ pub(crate) mod tests {
         let pair = |a: &str, b: &str| (a.to_owned(), b.to_owned());
         assert_eq!(back.parameters(), [pair("rounds", "2"), pair("order", "a=b")]);
         assert!(back.command.contains("--param rounds=2") && back.command.ends_with("--deterministic"));
+    }
+
+    #[test]
+    fn a_kernel_of_the_user_is_asked_for_by_its_parts() {
+        let mut record = record(1);
+        assert!(command(&record).contains(&format!("--variant {}", record.run.variant)));
+        let patch = |name: &str, origin| AppliedPatch {
+            name: name.into(),
+            origin: Some(origin),
+            sha256: "5f".into(),
+        };
+        let patches = [
+            patch("0001-x.patch", Origin::Abstraction),
+            patch("wait.patch", Origin::Variant("wait-on-locked".into())),
+            patch("s.mbox, mail 1 (a)", Origin::User),
+            patch("s.mbox, mail 2 (b)", Origin::User),
+            patch("my.patch", Origin::User),
+        ];
+        record.provenance.image["patches"] = serde_json::to_value(patches).expect("a value");
+        let says = command(&record);
+        assert!(
+            says.contains(" --variant wait-on-locked --mbox s.mbox --patch my.patch --preempt"),
+            "{says}"
+        );
+        record.provenance.image["tree"] = "v6.19-3-gabc".into();
+        assert!(command(&record).contains(" --tree DIR-AT-v6.19-3-gabc --variant"), "{}", command(&record));
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use crate::build::Pins;
 use crate::cli::{Context, Error, Outcome};
 use crate::judge::record;
-use crate::matrix::{CellSpec, Plan, Shard, expand, plan};
+use crate::matrix::{CellSpec, Own, Plan, Shard, expand, plan};
 use crate::records::{self, Union};
 use execute::Execution;
 use state::State;
@@ -19,6 +19,19 @@ use state::State;
 pub struct Args {
     /// Plan of what to run (docs/matrix.md), as ci/plans/small.toml
     plan: PathBuf,
+    /// Patch of your own, a diff or a mail: a variant beside those of the plan, in every group about the reference kernel;
+    /// each one is a variant by itself
+    #[arg(long, value_name = "FILE")]
+    patch: Vec<PathBuf>,
+    /// Series of your own in a mailbox, likewise
+    #[arg(long, value_name = "FILE")]
+    mbox: Vec<PathBuf>,
+    /// Kernel source tree of your own with the branch to judge checked out: a variant in every group
+    #[arg(long, value_name = "DIR")]
+    tree: Vec<PathBuf>,
+    /// Variant of the list that every --patch and --mbox comes on top of [default: the stock kernel]
+    #[arg(long, value_name = "VARIANT")]
+    on: Option<String>,
     /// Folder for records and logs; what is in it already is not run again [default: target/matrix/NAME]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -44,9 +57,12 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: Args, ctx: &Context) -> Result<Outcome, Error> {
-    let plan = Plan::load(&args.plan).map_err(usage)?;
+    let mut plan = Plan::load(&args.plan).map_err(usage)?;
     let pins = Pins::load(&ctx.repo).map_err(crate::build::BuildError::into_cli)?;
     let reference = pins.kernel(None).map_err(crate::build::BuildError::into_cli)?.name.clone();
+    for own in own(&args)? {
+        plan.add(&own, &reference).map_err(Error::usage)?;
+    }
     let cells = expand(&plan, &ctx.repo.join("storm/scenarios"), &reference).map_err(usage)?;
     if args.dry_run {
         print!("{}", show::plan(&plan, &cells, args.shard));
@@ -61,6 +77,29 @@ pub fn run(args: Args, ctx: &Context) -> Result<Outcome, Error> {
     let quiet = ctx.quietly();
     let execution = Execution::new(&plan, &cells, args.shard, args.jobs, state, (ctx, &quiet))?;
     finish(execution.run()?, &plan, &cells, &out, ctx)
+}
+
+/// The columns that the options add.
+fn own(args: &Args) -> Result<Vec<Own>, Error> {
+    let there = |path: &Path| {
+        std::fs::canonicalize(path)
+            .map_err(|error| Error::usage(format!("cannot use {}: {error}", path.display())))
+    };
+    if args.on.is_some() && args.patch.is_empty() && args.mbox.is_empty() {
+        return Err(Error::usage("--on says what a --patch or --mbox is on top of, and there is none"));
+    }
+    let on = |own: Own| Own { on: args.on.clone(), ..own };
+    let mut all = Vec::new();
+    for file in &args.patch {
+        all.push(on(Own::of_patch(&there(file)?)));
+    }
+    for file in &args.mbox {
+        all.push(on(Own::of_mailbox(&there(file)?)));
+    }
+    for dir in &args.tree {
+        all.push(Own::of_tree(&there(dir)?));
+    }
+    Ok(all)
 }
 
 fn usage(error: plan::Error) -> Error {

@@ -22,7 +22,7 @@ pub struct Args {
     /// File to write to; `-` is stdout [default: report.html in the folder, or stdout for other formats]
     #[arg(long, short, value_name = "FILE")]
     out: Option<PathBuf>,
-    /// Plan that the runs were made by, to say what is missing of it [default: the matrix's own, if it is in ci/plans]
+    /// Plan that the runs were made by, to say what is missing of it [default: the matrix's own]
     #[arg(long, value_name = "PLAN.toml")]
     plan: Option<PathBuf>,
     /// Variant that the others are compared with [default: the stock kernel]
@@ -70,12 +70,12 @@ pub fn run(args: Args, ctx: &Context) -> Result<Outcome, Error> {
     Ok(Outcome::Pass)
 }
 
-/// The cells of the plan: of the one that was named, or of the one that the matrix's folder names, if that has not changed.
+/// The cells of the plan: of the one that was named, or of the one that the matrix's folder was made by.
 fn plan(args: &Args, ctx: &Context) -> Result<Vec<CellSpec>, Error> {
     let usage = |error: crate::matrix::plan::Error| Error::usage(error.to_string());
     let plan = match &args.plan {
         Some(file) => Plan::load(file).map_err(usage)?,
-        None => match args.places.iter().find_map(|place| known_plan(place, &ctx.repo)) {
+        None => match args.places.iter().find_map(|place| known_plan(place)) {
             Some(plan) => plan,
             None => return Ok(Vec::new()),
         },
@@ -86,14 +86,14 @@ fn plan(args: &Args, ctx: &Context) -> Result<Vec<CellSpec>, Error> {
 }
 
 /// The plan of a matrix's folder. A shard alone is not measured by the whole plan.
-fn known_plan(place: &Path, repo: &Path) -> Option<Plan> {
+fn known_plan(place: &Path) -> Option<Plan> {
     let folder = if place.is_dir() { place } else { place.parent()? };
     let matrix: serde_json::Value =
         serde_json::from_slice(&std::fs::read(folder.join("matrix.json")).ok()?).ok()?;
-    let name = Path::new(matrix["plan"].as_str()?).file_name()?.to_owned();
-    let file = repo.join("ci/plans").join(name).with_extension("toml");
-    let plan = Plan::load(&file).ok()?;
-    (matrix["hash"] == plan.hash() && matrix["shard"] == Shard::WHOLE.to_string()).then_some(plan)
+    if matrix["shard"] != Shard::WHOLE.to_string() {
+        return None;
+    }
+    serde_json::from_value(matrix["definition"].clone()).ok()
 }
 
 /// The format that a file's name asks for.

@@ -98,6 +98,8 @@ fn programs(capsule: &Capsule, parts: &Parts, ctx: &Context) -> Result<Programs,
         kernel: kernel.map(|kernel| kernel.name.clone()),
         tree: parts.tree.clone(),
         flavour: Some(text("flavour").to_owned()).filter(|name| !name.is_empty()),
+        // Its files have other names here.
+        name: Some(capsule.record.run.variant.clone()),
         ..Request::default()
     };
     if known.is_some_and(|known| known == sums) {

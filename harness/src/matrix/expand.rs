@@ -3,13 +3,18 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use super::candidate::{Candidate, Own};
 use super::plan::{Cover, Error, Group, Mode, NO_CONTROL, OneOrMany, Plan};
+use crate::build::Request;
 use crate::cli::Preempt;
 use crate::judge::scenario::Scenario;
 use crate::judge::verdict::Verdict;
 use crate::statistics::Sprt;
 use crate::statistics::covering::pairwise;
 use crate::vm::Size;
+
+/// How selectors and lines name the kernel of a cell that is a tree of the user's.
+const TREE: &str = "tree";
 
 /// A cell of a plan: runs that differ in their seed alone.
 #[derive(Clone, Debug, PartialEq)]
@@ -24,8 +29,10 @@ pub struct CellSpec {
     pub kernel: String,
     /// Kind of build.
     pub flavour: Option<String>,
-    /// Fix candidates, joined by `+`.
+    /// Fix candidates, joined by `+`, or the name of the user's own.
     pub variant: String,
+    /// The user's own.
+    pub own: Option<Own>,
     /// Preemption model.
     pub preempt: Preempt,
     /// CPUs.
@@ -58,13 +65,17 @@ impl CellSpec {
     /// The command that makes one of its runs by itself.
     #[must_use]
     pub fn command(&self, seed: u64) -> String {
-        let mut words = vec![format!("hmmstorm storm {} --kernel {}", self.scenario, self.kernel)];
+        let mut words = vec![format!("hmmstorm storm {}", self.scenario)];
         let mut option = |name: &str, value: Option<String>| {
             words.extend(value.map(|value| format!("--{name} {}", quoted(&value))));
         };
+        option("kernel", Some(self.kernel.clone()).filter(|_| !self.is_of_tree()));
         option("control", self.control.clone());
         option("flavour", self.flavour.clone());
-        option("variant", Some(self.variant.clone()));
+        match &self.own {
+            None => option("variant", Some(self.variant.clone())),
+            Some(own) => own.options().into_iter().for_each(|(name, value)| option(name, Some(value))),
+        }
         option("preempt", Some(self.preempt.to_string()));
         option("cpus", Some(self.cpus.to_string()));
         for (name, value) in &self.parameters {
@@ -83,6 +94,27 @@ impl CellSpec {
             words.push("--deterministic".to_owned());
         }
         words.join(" ")
+    }
+
+    /// What to build for it.
+    #[must_use]
+    pub fn request(&self) -> Request {
+        let flavour = self.flavour.as_deref();
+        match &self.own {
+            Some(own) => own.request(&self.kernel, flavour),
+            None => Request {
+                kernel: Some(self.kernel.clone()),
+                variant: Some(self.variant.clone()),
+                flavour: flavour.map(str::to_owned),
+                ..Request::default()
+            },
+        }
+    }
+
+    /// Whether its kernel is a tree of the user's, and not one of the list.
+    #[must_use]
+    pub fn is_of_tree(&self) -> bool {
+        self.own.as_ref().is_some_and(|own| own.tree.is_some())
     }
 
     /// Names the cell in a line.
@@ -136,7 +168,7 @@ pub fn expand(plan: &Plan, scenarios: &Path, kernel: &str) -> Result<Vec<CellSpe
     let mut cells: Vec<CellSpec> = Vec::new();
     for group in &plan.groups {
         let error = |why: String| Error::Group { group: group.name.clone(), why };
-        let candidates = candidates(group, scenarios, kernel).map_err(error)?;
+        let candidates = candidates(group, plan.folder(), scenarios, kernel).map_err(error)?;
         if candidates.is_empty() {
             return Err(error("no combination is left to run".to_owned()));
         }
@@ -162,7 +194,7 @@ pub fn expand(plan: &Plan, scenarios: &Path, kernel: &str) -> Result<Vec<CellSpe
     Ok(cells)
 }
 
-fn candidates(group: &Group, scenarios: &Path, kernel: &str) -> Result<Vec<CellSpec>, String> {
+fn candidates(group: &Group, folder: &Path, scenarios: &Path, kernel: &str) -> Result<Vec<CellSpec>, String> {
     let reference = OneOrMany::One(kernel.to_owned());
     let kernels = group.kernel.as_ref().unwrap_or(&reference).as_slice();
     let mut definitions = BTreeMap::new();
@@ -195,13 +227,22 @@ fn candidates(group: &Group, scenarios: &Path, kernel: &str) -> Result<Vec<CellS
             .map(|((name, values), &index)| (name.clone(), values.as_slice()[index].to_string()))
             .collect();
         definition.parameters(control, &parameters).map_err(|error| error.to_string())?;
+        let variant = &group.variant.as_slice()[variant];
+        let own = match variant {
+            Candidate::Listed(_) => None,
+            Candidate::Own(own) if own.is_for(&kernels[kernel]) => Some(own.resolved(folder)),
+            Candidate::Own(_) => continue,
+        };
+        let tree = own.as_ref().and_then(|own| own.tree.as_deref());
         let mut cell = CellSpec {
             group: group.name.clone(),
             scenario: scenario.clone(),
             control: control.map(|control| control.name.clone()),
-            kernel: kernels[kernel].clone(),
+            // A tree is the same whichever kernel it stands beside.
+            kernel: tree.map_or_else(|| kernels[kernel].clone(), |_| TREE.to_owned()),
             flavour: group.flavour.clone(),
-            variant: group.variant.as_slice()[variant].clone(),
+            variant: variant.to_string(),
+            own,
             // A control that changes the preemption model is that change.
             preempt: control.and_then(|control| control.preempt).unwrap_or(group.preempt.as_slice()[preempt]),
             cpus: group.cpus.as_slice()[cpus],
@@ -296,6 +337,37 @@ mod tests {
                 ("mapcount-1", Preempt::Voluntary, Verdict::Pass),
             ]
         );
+    }
+
+    #[test]
+    fn a_column_of_the_user() {
+        let mut plan = plan(&GROUP.replace("cpus = [2, 4]", "cpus = 2")).expect("a plan");
+        let hash = plan.hash();
+        plan.add(&Own::of_patch(Path::new("/x/my.patch")), "6.19.6").expect("added");
+        plan.add(&Own::of_tree(Path::new("/src/linux")), "6.19.6").expect("added");
+        assert_ne!(plan.hash(), hash);
+        let scenarios = Path::new(env!("CARGO_MANIFEST_DIR")).join("../storm/scenarios");
+        let cells = expand(&plan, &scenarios, "6.19.6").expect("cells");
+        assert_eq!(cells.len(), 16);
+        let of = |name: &str| cells.iter().filter(|cell| cell.variant == name).collect::<Vec<_>>();
+        assert_eq!(of("my.patch").len(), 4);
+        assert!(of("my.patch").iter().all(|cell| cell.expected == [Verdict::Pass]));
+        assert_eq!(
+            of("my.patch")[0].command(1),
+            "hmmstorm storm drain-livelock --kernel 6.19.6 --patch /x/my.patch --preempt none --cpus 2 \
+             --param order=system-first --param rounds=5 --seed 1 --expect pass --deterministic"
+        );
+        let tree = of("tree-linux")[0];
+        assert!(
+            tree.command(1).contains("drain-livelock --tree /src/linux --preempt"),
+            "{}",
+            tree.command(1)
+        );
+        assert_eq!(tree.request().kernel, None);
+        let other = GROUP.replace("cpus = [2, 4]", "kernel = '7.1.13'\ncpus = 2");
+        let mut other = super::super::plan::tests::plan(&other).expect("a plan");
+        assert!(other.add(&Own::of_patch(Path::new("/x/my.patch")), "6.19.6").is_err());
+        assert!(other.add(&Own::of_tree(Path::new("/src/linux")), "6.19.6").is_ok());
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use super::candidate::{Candidate, Own};
 use super::select::Selector;
 use crate::cli::Preempt;
 use crate::judge::verdict::Verdict;
@@ -60,6 +61,9 @@ pub struct Plan {
     /// Groups of cells.
     #[serde(rename = "group")]
     pub groups: Vec<Group>,
+    /// Where its relative paths begin.
+    #[serde(skip)]
+    folder: PathBuf,
 }
 
 const fn retries() -> u32 {
@@ -155,8 +159,8 @@ pub struct Group {
     pub kernel: Option<OneOrMany<String>>,
     /// Kind of build.
     pub flavour: Option<String>,
-    /// Fix candidates, or stacks of them.
-    pub variant: OneOrMany<String>,
+    /// Fix candidates, stacks of them, or the user's own.
+    pub variant: OneOrMany<Candidate>,
     /// Preemption models.
     pub preempt: OneOrMany<Preempt>,
     /// Numbers of CPUs.
@@ -227,7 +231,44 @@ impl Plan {
     pub fn load(path: &Path) -> Result<Self, Error> {
         let text =
             std::fs::read_to_string(path).map_err(|source| Error::Read { path: path.into(), source })?;
-        Self::parse(&text).map_err(|why| Error::Format { path: path.into(), why })
+        let plan = Self::parse(&text).map_err(|why| Error::Format { path: path.into(), why })?;
+        Ok(Self { folder: path.parent().unwrap_or(Path::new("")).into(), ..plan })
+    }
+
+    /// Where its relative paths begin.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Puts a candidate of the user's beside those that the plan names, in every group that is about `kernel` or, if it is
+    /// a tree, in every group. Its paths must be absolute.
+    ///
+    /// # Errors
+    /// A plan without such a group.
+    pub fn add(&mut self, own: &Own, kernel: &str) -> Result<(), String> {
+        let mut added = false;
+        for group in &mut self.groups {
+            let of_group = group.kernel.as_ref().map_or(&[] as &[String], OneOrMany::as_slice);
+            let is_about = of_group.is_empty() || of_group.iter().any(|name| name == kernel);
+            if own.tree.is_none() && !is_about {
+                continue;
+            }
+            let own =
+                Own { kernel: own.tree.is_none().then(|| OneOrMany::One(kernel.to_owned())), ..own.clone() };
+            let mut all = group.variant.as_slice().to_vec();
+            all.push(Candidate::Own(own));
+            group.variant = OneOrMany::Many(all);
+            added = true;
+        }
+        if added {
+            Ok(())
+        } else {
+            Err(format!(
+                "no group of plan {} is about kernel {kernel}, to which {own} would apply",
+                self.name
+            ))
+        }
     }
 
     fn parse(text: &str) -> Result<Self, String> {
@@ -239,6 +280,11 @@ impl Plan {
         for group in &plan.groups {
             if !names.insert(&group.name) {
                 return Err(format!("two groups are called '{}'", group.name));
+            }
+            for variant in group.variant.as_slice() {
+                if let Candidate::Own(own) = variant {
+                    own.check().map_err(|why| format!("group '{}': {why}", group.name))?;
+                }
             }
             if group.seeds == 0 {
                 return Err(format!("group '{}' runs no seed", group.name));
@@ -300,6 +346,10 @@ pub(super) mod tests {
             assert!(error.contains(says), "{error}");
         }
         assert!(plan(&LEAST.replace("'none'", "['none', 'full']")).is_ok());
+        let own = |variant: &str| plan(&LEAST.replace("'trylock'", variant));
+        assert!(own("{ name = 'mine' }").expect_err("no patch").contains("needs a patch"));
+        assert!(own("['trylock', 'wait-on-locked', { patch = ['a', 'b'], on = 'entry-wait' }]").is_ok());
+        assert!(own("{ pach = 'a' }").is_err());
     }
 
     #[test]

@@ -26,7 +26,8 @@ pub struct CellKey {
     pub flavour: String,
     /// Fix candidates and the user's patches, joined by `+`.
     pub variant: String,
-    /// Hash of these patches' texts, none of no patches: a patch that was changed is another one, whatever its name.
+    /// Hash of these patches' texts and of a user's tree, none of no patches on a kernel of the list: what was changed is
+    /// another one, whatever its name.
     pub patches: String,
     /// Preemption model.
     pub preempt: String,
@@ -58,7 +59,7 @@ impl CellKey {
             kernel: text("kernel_version"),
             flavour: text("flavour"),
             variant: run.variant.clone(),
-            patches: patches(&image["patches"]),
+            patches: patches(image),
             preempt: run.preempt.clone(),
             cpus: run.cpus,
             gpus: run.gpus,
@@ -75,15 +76,16 @@ impl CellKey {
     }
 }
 
-/// Hash of the patches that are under test; those that the driver stands on are not.
-fn patches(patches: &serde_json::Value) -> String {
-    let under_test: Vec<&str> = patches
+/// Hash of the tree and of the patches that are under test; those that the driver stands on are not.
+fn patches(image: &serde_json::Value) -> String {
+    let tree = image["kernel_source_sha256"].as_str().filter(|_| image["tree"].is_string());
+    let patches = image["patches"]
         .as_array()
         .into_iter()
         .flatten()
         .filter(|patch| patch["origin"] != "abstraction")
-        .filter_map(|patch| patch["sha256"].as_str())
-        .collect();
+        .filter_map(|patch| patch["sha256"].as_str());
+    let under_test: Vec<&str> = tree.into_iter().chain(patches).collect();
     if under_test.is_empty() {
         return String::new();
     }
@@ -205,6 +207,10 @@ mod tests {
         assert_eq!(found[1].share(Verdict::Pass).hits, 3);
         others[3].provenance.image["patches"] = json!([{ "name": "x", "origin": "user", "sha256": "1" }]);
         assert_eq!(cells(&others).len(), 3);
+        others[1].provenance.image["kernel_source_sha256"] = "2".into();
+        assert_eq!(cells(&others).len(), 3);
+        others[1].provenance.image["tree"] = "v6.19-3-g1".into();
+        assert_eq!(cells(&others).len(), 4, "a user's tree is not the kernel of its version");
     }
 
     #[test]

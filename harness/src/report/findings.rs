@@ -7,6 +7,7 @@ use serde_json::Value;
 use super::cells::Layout;
 use super::run::Run;
 use super::text::{clean, one_line, shell};
+use crate::capsule::kernel_options;
 use crate::judge::structures;
 use crate::judge::verdict::{Verdict, Weight};
 
@@ -78,6 +79,14 @@ impl Found {
         }
     }
 
+    /// The scenarios in which it was found.
+    #[must_use]
+    pub fn scenarios<'a>(&self, runs: &'a [Run]) -> Vec<&'a str> {
+        let names: BTreeSet<_> =
+            self.runs.iter().map(|&index| runs[index].record.run.scenario.as_str()).collect();
+        names.into_iter().collect()
+    }
+
     /// The cycle as a picture, if it was read from the guest's memory.
     #[must_use]
     pub fn picture(&self, runs: &[Run]) -> Option<String> {
@@ -85,13 +94,28 @@ impl Found {
     }
 }
 
-/// The identity of a run's finding. What has none (the bench failed) is told apart by its reason.
+/// The identity of a run's finding. What has none (the bench failed) is told apart by its reason, whatever page, address or
+/// process it is about.
 fn identity(run: &Run) -> String {
     let record = &run.record;
-    record
-        .identity
-        .clone()
-        .unwrap_or_else(|| format!("{}: {}", record.judgement.verdict, record.judgement.reason))
+    record.identity.clone().unwrap_or_else(|| {
+        format!("{}: {}", record.judgement.verdict, without_numbers(&record.judgement.reason))
+    })
+}
+
+/// A text with `N` for every number, hexadecimal ones included.
+fn without_numbers(text: &str) -> String {
+    let mut plain = String::new();
+    let mut rest = text;
+    while let Some(at) = rest.find(|c: char| c.is_ascii_digit()) {
+        plain.push_str(&rest[..at]);
+        plain.push('N');
+        let number = rest[at..].strip_prefix("0x").unwrap_or(&rest[at..]);
+        let hexadecimal = number.len() < rest.len() - at;
+        let end = |c: char| !(c.is_ascii_digit() || hexadecimal && c.is_ascii_hexdigit());
+        rest = number.find(end).map_or("", |end| &number[end..]);
+    }
+    plain + rest
 }
 
 /// How much a run has to show of its finding.
@@ -163,15 +187,11 @@ pub fn reproducer(run: &Run) -> String {
     let asked = &record.run;
     let mut words = vec!["hmmstorm".to_owned(), "storm".to_owned(), asked.scenario.clone()];
     let mut option = |name: &str, value: &str| words.extend([name.to_owned(), value.to_owned()]);
-    if let Some(kernel) = run.image("kernel_version") {
+    if let Some(kernel) = run.image("kernel_version").filter(|_| run.image("tree").is_none()) {
         option("--kernel", kernel);
     }
-    let patches = user_patches(run);
-    let variant: Vec<&str> =
-        asked.variant.split('+').filter(|part| !patches.iter().any(|patch| patch == part)).collect();
-    option("--variant", &variant.join("+"));
-    for patch in &patches {
-        option("--patch", patch);
+    for (name, value) in kernel_options(record) {
+        option(name, &value);
     }
     if let Some(flavour) = run.image("flavour").filter(|flavour| *flavour != "default") {
         option("--flavour", flavour);
@@ -210,11 +230,6 @@ pub fn replay(run: &Run) -> Option<String> {
     Some(format!("hmmstorm replay {}", shell(&clean(&capsule.to_string_lossy()))))
 }
 
-/// Names of the patches that the user brought, in order of application.
-fn user_patches(run: &Run) -> Vec<String> {
-    patches(run).into_iter().filter(|patch| patch.origin == "user").map(|patch| patch.name).collect()
-}
-
 /// A patch of a run's kernel.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Patch {
@@ -244,4 +259,17 @@ pub fn patches(run: &Run) -> Vec<Patch> {
         Some(Patch { origin, name: patch.get("name").and_then(text)?, sha256 })
     };
     patches.into_iter().flatten().filter_map(patch).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failures_of_the_bench_differ_in_words_and_not_in_numbers() {
+        assert_eq!(without_numbers("page 12 at 0x7f76f953e000: busy (16)"), "page N at N: busy (N)");
+        assert_eq!(without_numbers("no number"), "no number");
+        assert_eq!(without_numbers("faulter3@cpu1"), "faulterN@cpuN");
+        assert_eq!(without_numbers("0x"), "N");
+    }
 }

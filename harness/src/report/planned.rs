@@ -59,7 +59,7 @@ fn is_of(run: &Run, spec: &CellSpec) -> bool {
         && asked.cpus == spec.cpus
         && asked.mode == mode
         && asked.chaos == spec.chaos
-        && run.image("kernel_version").is_some_and(|kernel| kernel == spec.kernel)
+        && (spec.is_of_tree() || run.image("kernel_version").is_some_and(|kernel| kernel == spec.kernel))
         && spec.flavour.as_deref().unwrap_or("default") == run.image("flavour").unwrap_or("default")
         && spec.gpus.is_none_or(|gpus| asked.gpus == gpus)
         && spec.parameters.iter().all(|(name, value)| asked.parameters.get(name) == Some(value))

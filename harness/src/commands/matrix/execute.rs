@@ -49,10 +49,10 @@ impl<'a> Execution<'a> {
         (ctx, quiet): (&'a Context, &'a Context),
     ) -> Result<Self, Error> {
         let programs = build(cells, ctx).map_err(BuildError::into_cli)?;
-        let mut benches: BTreeMap<Kernel, Arc<Bench>> = BTreeMap::new();
+        let mut benches: BTreeMap<Request, Arc<Bench>> = BTreeMap::new();
         let mut runners = Vec::new();
         for cell in cells {
-            let kernel = Kernel::of(cell);
+            let kernel = cell.request();
             let parameters: Vec<_> = cell.parameters.clone().into_iter().collect();
             let wish = Wish {
                 scenario: &cell.scenario,
@@ -172,44 +172,21 @@ fn outcome(record: &Record) -> Outcome {
     }
 }
 
-/// What is built once, however many cells it is for.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Kernel {
-    kernel: String,
-    flavour: Option<String>,
-    variant: String,
-}
-
-impl Kernel {
-    fn of(cell: &CellSpec) -> Self {
-        let CellSpec { kernel, flavour, variant, .. } = cell.clone();
-        Self { kernel, flavour, variant }
-    }
-}
-
 /// Fetches and builds all that the cells need, those of one kernel after each other: they share its objects.
-fn build(cells: &[CellSpec], ctx: &Context) -> Result<BTreeMap<Kernel, Programs>, BuildError> {
+fn build(cells: &[CellSpec], ctx: &Context) -> Result<BTreeMap<Request, Programs>, BuildError> {
     let builder = Builder::new(ctx)?;
     let qemu = builder.qemu()?;
     let qemu = QemuProgram { program: qemu.program, leading_args: qemu.leading_args };
     let device = builder.device()?;
+    let wanted: BTreeMap<Request, &CellSpec> = cells.iter().map(|cell| (cell.request(), cell)).collect();
+    let count = wanted.len();
     let mut built = BTreeMap::new();
-    for cell in cells {
-        built.insert(Kernel::of(cell), None);
-    }
-    let count = built.len();
-    for (number, (kernel, programs)) in built.iter_mut().enumerate() {
-        ctx.note(format_args!("kernel {} of {count}: {} {}", number + 1, kernel.kernel, kernel.variant));
-        let request = Request {
-            kernel: Some(kernel.kernel.clone()),
-            variant: Some(kernel.variant.clone()),
-            flavour: kernel.flavour.clone(),
-            ..Request::default()
-        };
+    for (number, (request, cell)) in wanted.into_iter().enumerate() {
+        ctx.note(format_args!("kernel {} of {count}: {} {}", number + 1, cell.kernel, cell.variant));
         let image = Image::load(&builder.prepare(&request)?)?;
-        *programs = Some(Programs { image, qemu: qemu.clone(), device: device.clone() });
+        built.insert(request, Programs { image, qemu: qemu.clone(), device: device.clone() });
     }
-    Ok(built.into_iter().filter_map(|(kernel, programs)| Some((kernel, programs?))).collect())
+    Ok(built)
 }
 
 fn machine(cell: &CellSpec) -> MachineArgs {

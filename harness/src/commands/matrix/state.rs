@@ -3,7 +3,7 @@
 //! | file | what |
 //! |---|---|
 //! | `runs.jsonl` | the records, one a line |
-//! | `matrix.json` | the plan they were made by |
+//! | `matrix.json` | the plan they were made by, whole |
 //! | `findings.json` | what was found, without doubles |
 //! | `runs/CELL/seed-N/` | the logs of each run |
 
@@ -27,6 +27,14 @@ struct Matrix {
     plan: String,
     hash: String,
     shard: String,
+}
+
+/// What the file holds: the plan itself as well, with the columns of the command line, for reports.
+#[derive(Debug, Serialize)]
+struct Kept<'a> {
+    #[serde(flatten)]
+    matrix: &'a Matrix,
+    definition: &'a Plan,
 }
 
 /// An open folder.
@@ -81,7 +89,7 @@ impl State {
                 )));
             }
         }
-        record::write_json(&file, &matrix)?;
+        record::write_json(&file, &Kept { matrix: &matrix, definition: plan })?;
         Ok(Self { dir: dir.into(), writer, union: Union::of(loaded.records), torn: loaded.torn })
     }
 
