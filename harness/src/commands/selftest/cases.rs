@@ -1,5 +1,6 @@
 //! The table of cases (`storm/selftest.toml`), and what a record must be like to be right.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde::Deserialize;
@@ -11,7 +12,36 @@ use crate::judge::verdict::Verdict;
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct File {
+    #[serde(default)]
+    column: Vec<Column>,
     case: Vec<Case>,
+}
+
+/// Other options under which the cases of a table are run as well.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Column {
+    name: String,
+    /// Options of `hmmstorm storm` for every case.
+    options: Vec<String>,
+}
+
+/// What is right for a case in a column.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct There {
+    expect: Verdict,
+    #[serde(default)]
+    names: Option<String>,
+}
+
+/// A table, or one column of it.
+#[derive(Debug)]
+pub(super) struct Table {
+    /// Its cases, with what is right there.
+    pub(super) cases: Vec<Case>,
+    /// Options for every case.
+    pub(super) options: Vec<String>,
 }
 
 /// A guest in a known state.
@@ -35,14 +65,33 @@ pub(super) struct Case {
     /// Busy loops on each CPU of the host meanwhile.
     #[serde(default)]
     pub(super) host_load: Option<u32>,
+    /// What is right in other columns, by their names; elsewhere it is what is right here.
+    #[serde(default, rename = "in")]
+    there: BTreeMap<String, There>,
 }
 
-/// Reads the table.
-pub(super) fn load(path: &Path) -> Result<Vec<Case>, String> {
+/// Reads the table, or a column of it.
+pub(super) fn load(path: &Path, column: Option<&str>) -> Result<Table, String> {
     let failed = |why: &dyn std::fmt::Display| format!("cannot read {}: {why}", path.display());
     let text = std::fs::read_to_string(path).map_err(|error| failed(&error))?;
-    let file: File = toml::from_str(&text).map_err(|error| failed(&error))?;
-    Ok(file.case)
+    let File { column: columns, case: mut cases } = toml::from_str(&text).map_err(|error| failed(&error))?;
+    let names: Vec<&str> = columns.iter().map(|column| column.name.as_str()).collect();
+    let known = || format!("its columns are: {}", names.join(", "));
+    for case in &cases {
+        if let Some(name) = case.there.keys().find(|name| !names.contains(&name.as_str())) {
+            return Err(failed(&format!("case {} is about a column '{name}'; {}", case.name, known())));
+        }
+    }
+    let Some(name) = column else { return Ok(Table { cases, options: Vec::new() }) };
+    let Some(column) = columns.iter().find(|column| column.name == name) else {
+        return Err(failed(&format!("there is no column '{name}'; {}", known())));
+    };
+    for case in &mut cases {
+        if let Some(there) = case.there.remove(name) {
+            (case.expect, case.names) = (there.expect, there.names);
+        }
+    }
+    Ok(Table { cases, options: column.options.clone() })
 }
 
 /// The cases of these names, in the table's order; all of them without names.
@@ -88,7 +137,8 @@ mod tests {
     use super::*;
 
     fn shipped() -> Vec<Case> {
-        load(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../storm/selftest.toml")).expect("the table")
+        let table = Path::new(env!("CARGO_MANIFEST_DIR")).join("../storm/selftest.toml");
+        load(&table, None).expect("the table").cases
     }
 
     #[test]
@@ -113,7 +163,7 @@ mod tests {
     #[test]
     fn every_known_bug_has_a_control_that_passes() {
         let table = Path::new(env!("CARGO_MANIFEST_DIR")).join("../storm/known-bugs.toml");
-        let cases = load(&table).expect("the table");
+        let cases = load(&table, None).expect("the table").cases;
         let (controls, bugs): (Vec<_>, Vec<_>) =
             cases.iter().partition(|case| case.run.iter().any(|argument| argument == "no-trigger"));
         assert!(!bugs.is_empty());
@@ -121,6 +171,21 @@ mod tests {
             let control = controls.iter().find(|control| control.name == format!("{}-control", bug.name));
             assert!(control.is_some_and(|control| control.expect == Verdict::Pass), "{}", bug.name);
         }
+    }
+
+    #[test]
+    fn a_column_has_its_options_and_its_verdicts() {
+        let table = Path::new(env!("CARGO_MANIFEST_DIR")).join("../storm/known-bugs.toml");
+        let expect = |column, name: &str| {
+            let table = load(&table, column).expect("the table");
+            table.cases.iter().find(|case| case.name == name).map(|case| case.expect)
+        };
+        assert_eq!(expect(None, "spurious-dirty"), Some(Verdict::Corruption));
+        assert_eq!(expect(Some("cured"), "spurious-dirty"), Some(Verdict::Pass));
+        assert_eq!(expect(Some("cured"), "close-use-after-free"), Some(Verdict::Crash));
+        assert_eq!(load(&table, Some("cured")).expect("it").options, ["--variant", "known-bugs"]);
+        let error = load(&table, Some("nonsense")).expect_err("no such column");
+        assert!(error.contains("its columns are: cured, 7.1.13"), "{error}");
     }
 
     #[test]

@@ -15,7 +15,7 @@ use crate::cli::{Context, Error, Outcome};
 use crate::judge::record::{self, Record};
 use crate::judge::verdict::Verdict;
 use crate::vm::children::Child;
-use cases::Case;
+use cases::{Case, Table};
 use load::HostLoad;
 
 /// Machine of every case that names no other.
@@ -33,6 +33,9 @@ pub struct Args {
     /// Table of cases [default: storm/selftest.toml]
     #[arg(long, value_name = "FILE")]
     table: Option<PathBuf>,
+    /// Column of the table: the same cases under other options, as another kernel [default: the first, which needs none]
+    #[arg(long, value_name = "NAME")]
+    column: Option<String>,
     /// List the cases and run none
     #[arg(long)]
     list: bool,
@@ -66,7 +69,7 @@ struct Result {
 /// Runs the command.
 pub fn run(args: Args, ctx: &Context) -> std::result::Result<Outcome, Error> {
     let file = args.table.unwrap_or_else(|| ctx.repo.join("storm/selftest.toml"));
-    let all = cases::load(&file).map_err(Error::harness)?;
+    let Table { cases: all, options } = cases::load(&file, args.column.as_deref()).map_err(Error::usage)?;
     let width = all.iter().map(|case| case.name.len()).max().unwrap_or(0);
     if args.list {
         for case in &all {
@@ -77,9 +80,10 @@ pub fn run(args: Args, ctx: &Context) -> std::result::Result<Outcome, Error> {
     let chosen = cases::choose(&all, &args.cases).map_err(Error::usage)?;
     let out = folder(args.out, ctx)?;
     ctx.note(format_args!("{} cases to {}", chosen.len(), out.display()));
+    let storm: Vec<OsString> = options.into_iter().map(OsString::from).chain(args.storm).collect();
     let mut results: Vec<Result> = Vec::new();
     for case in &chosen {
-        let result = examine(case, &args.storm, &out.join(&case.name), ctx)?;
+        let result = examine(case, &storm, &out.join(&case.name), ctx)?;
         let mark = if result.wrong.is_empty() { "ok   " } else { "WRONG" };
         let verdict = result.verdict.map_or("-", Verdict::name);
         println!("{mark}  {:width$}  {verdict:13} {:6.1} s  {}", case.name, result.seconds, case.summary);
