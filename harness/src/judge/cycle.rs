@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::console::{Finding, Kind, Task, WorkItem, WorkState};
 use super::sampler::CpuSummary;
 use super::stack::{chain, contains, from_loop, stable};
+use super::structures::{By, Closing, Link, Structures};
 use super::verdict::Source;
 
 /// A task with what it does in the scenario.
@@ -92,6 +93,7 @@ impl fmt::Display for Statement {
         match (self.line, self.source) {
             (Some(line), _) => write!(f, "{} [console.log:{line}]", self.says),
             (None, Source::Samples) => write!(f, "{} [CPU samples]", self.says),
+            (None, Source::Memory) => write!(f, "{} [guest memory]", self.says),
             (None, _) => f.write_str(&self.says),
         }
     }
@@ -108,7 +110,7 @@ pub struct Cycle {
     /// What the holder waits for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub waits_for: Option<Wait>,
-    /// The holder waits for work that only a spinner's CPU may run: nobody ever moves.
+    /// The holder waits for work that only a spinner's CPU may run, or for that CPU itself: nobody ever moves.
     pub closed: bool,
     /// The cycle in sentences.
     pub statements: Vec<Statement>,
@@ -128,6 +130,10 @@ const WANTS: [(&str, &str); 2] = [
         "they want a huge device-private folio that is locked: do_huge_pmd_device_private() only tries to lock it and returns 0, and the fault is made again",
     ),
 ];
+
+/// What is not observed as long as nothing tells of the holder, and of what it waits for.
+const NO_HOLDER: &str = "who holds what they want: the kernel reported no task in uninterruptible sleep";
+const NO_WAIT: &str = "what the holder waits for: no workqueue report names it";
 
 /// Functions of a sleeper's stack in which it holds the locks of the folios that it migrates.
 const HOLDS: [&str; 3] = ["migrate_device_unmap", "migrate_vma_setup", "migrate_device_range"];
@@ -248,14 +254,12 @@ impl Cycle {
             self.holder = Some(Holder { task, frames: Vec::new(), line: item.line });
             return;
         }
-        self.gaps.push(
-            "who holds what they want: the kernel reported no task in uninterruptible sleep".to_owned(),
-        );
+        self.gaps.push(NO_HOLDER.to_owned());
     }
 
     fn wait(&mut self, item: Option<WorkItem>) {
         let Some(item) = item else {
-            self.gaps.push("what the holder waits for: no workqueue report names it".to_owned());
+            self.gaps.push(NO_WAIT.to_owned());
             return;
         };
         let state = match item.state {
@@ -279,6 +283,40 @@ impl Cycle {
             cpus: item.cpus,
             line: item.line,
         });
+    }
+
+    /// Adds what no report of the kernel says, and its memory does: the holder may not sleep at all, but be ready to run, on
+    /// the run queue of a spinner's CPU. Nothing is added to a cycle that is closed.
+    pub fn complete(&mut self, structures: &Structures) {
+        let Some(Closing { holder, held, link: Link::Cpu(ready), spinner }) = structures.closing() else {
+            return;
+        };
+        if self.closed || self.holder.is_some() {
+            return;
+        }
+        let whose = |pid: u32| {
+            let of = |spinner: &&Spinner| spinner.task.as_ref().is_some_and(|actor| actor.task.pid == pid);
+            self.spinners.iter().find(of).and_then(|spinner| spinner.task.as_ref()).map(ToString::to_string)
+        };
+        let who = whose(spinner.task.pid).unwrap_or_else(|| spinner.task.to_string());
+        let how = match &held.by {
+            By::Index(_) => "it is among the pages of its migration".to_owned(),
+            By::Frame(function) => format!("its stack has the folio in the frame of {function}()"),
+        };
+        let says = [
+            format!("{} holds the folio of pfn {:#x}: {how}", holder.task, held.pfn),
+            format!(
+                "{} does not sleep: it left its CPU in {}() and is on the run queue of CPU {}",
+                holder.task, holder.function, ready.cpu
+            ),
+            format!(
+                "CPU {} runs {who} (rq->curr), which spins until the holder lets go: the cycle is closed",
+                ready.cpu
+            ),
+        ];
+        self.statements.extend(says.map(|says| Statement { says, source: Source::Memory, line: None }));
+        self.gaps.retain(|gap| gap != NO_HOLDER && gap != NO_WAIT);
+        self.closed = true;
     }
 
     fn close(&mut self) {
@@ -387,6 +425,26 @@ mod tests {
         let cycle = name(LIVELOCK, &[3]);
         assert!(!cycle.closed);
         assert!(cycle.holder.is_some());
+    }
+
+    #[test]
+    fn a_holder_that_is_ready_to_run_is_found_in_memory() {
+        let starved = Structures::of(crate::judge::structures::tests::starved());
+        let mut cycle = name(STOP_MACHINE, &[1, 2, 3]);
+        assert!(!cycle.closed);
+        cycle.complete(&starved);
+        assert!(cycle.closed, "{cycle}");
+        let text = cycle.to_string();
+        assert!(text.contains("migrator (pid 57) does not sleep"), "{text}");
+        assert!(text.contains("on the run queue of CPU 2"), "{text}");
+        assert!(
+            !text.contains("who holds what they want") && !text.contains("what the holder waits for"),
+            "{text}"
+        );
+        let mut closed = name(LIVELOCK, &[1, 2, 3]);
+        let before = closed.clone();
+        closed.complete(&starved);
+        assert_eq!(closed, before, "what the kernel says is enough");
     }
 
     #[test]

@@ -345,6 +345,10 @@ impl<'a> Runner<'a> {
         };
         let mut record = self.record(seed, &prepared, &folder, seen, began.elapsed())?;
         record.began = since_1970;
+        // After the finding has its identity, which is to be the same where nobody can read the memory.
+        if let Some((cycle, structures)) = record.cycle.as_mut().zip(structures.as_ref()) {
+            cycle.complete(structures);
+        }
         record.structures = structures;
         record::write_json(&folder.dir().join("verdict.json"), &record)?;
         if record.identity.is_some() {

@@ -4,6 +4,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::judge::stack::{demangle, short};
+
 /// A task of the guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Task {
@@ -50,13 +52,34 @@ pub struct Spinner {
     pub memory: Option<String>,
 }
 
-/// A page in a migration's array of sources, with the flag that says that the migration holds its lock.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// A page that a task holds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Held {
-    /// Index into `migrate_vma.src`.
-    pub index: u64,
     /// The page.
     pub pfn: u64,
+    /// How that is known.
+    #[serde(flatten)]
+    pub by: By,
+}
+
+/// How it is known that a task holds a page.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum By {
+    /// It is at this index of `migrate_vma.src`, with the flag that says that the migration holds its lock.
+    Index(u64),
+    /// This function's frame on its stack has a pointer to the folio, and the stack has none of the functions that only
+    /// want it.
+    Frame(String),
+}
+
+/// A run queue that a task is on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ready {
+    /// Its CPU.
+    pub cpu: u32,
+    /// `rq->curr`: what runs there.
+    pub current: Task,
 }
 
 /// A work item that a task waits for.
@@ -78,7 +101,7 @@ pub struct Wait {
     pub current: Task,
 }
 
-/// A sleeping task that is in the middle of a migration.
+/// A task that does not run and is in the middle of a migration, or holds what a spinner is at.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Holder {
     /// Who.
@@ -87,16 +110,45 @@ pub struct Holder {
     pub state: String,
     /// The function that it sleeps in.
     pub function: String,
-    /// Its `struct migrate_vma`.
-    pub migrate: u64,
+    /// Where it waits for a CPU, if it is on a run queue.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ready: Option<Ready>,
+    /// Its `struct migrate_vma`, if it migrates.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub migrate: Option<u64>,
     /// First address of the migration.
+    #[serde(default)]
     pub start: u64,
     /// First address behind it.
+    #[serde(default)]
     pub end: u64,
     /// Pages of it that a spinner is at.
     pub held: Vec<Held>,
     /// What it waits for.
+    #[serde(default)]
     pub waits_for: Option<Wait>,
+}
+
+/// What a holder waits for and a spinner keeps from it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Link<'a> {
+    /// A work item of the spinner's CPU.
+    Work(&'a Wait),
+    /// That CPU itself.
+    Cpu(&'a Ready),
+}
+
+/// A cycle that closes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Closing<'a> {
+    /// Who holds the folio.
+    pub holder: &'a Holder,
+    /// The folio.
+    pub held: &'a Held,
+    /// What the holder waits for.
+    pub link: Link<'a>,
+    /// Who wants the folio, and keeps that.
+    pub spinner: &'a Spinner,
 }
 
 /// What the reader read.
@@ -117,8 +169,8 @@ pub struct Structures {
     /// What was read.
     #[serde(flatten)]
     pub reading: Reading,
-    /// A spinner is at a folio that a migration holds, and the migration waits for work that is queued on the CPU that
-    /// the spinner runs on.
+    /// A spinner is at a folio that a task holds, and that task waits for work that is queued on the CPU that the spinner
+    /// runs on, or for that CPU itself.
     pub closed: bool,
     /// The same in sentences.
     pub statements: Vec<String>,
@@ -127,30 +179,41 @@ pub struct Structures {
 impl Structures {
     /// Draws the conclusion.
     #[must_use]
-    pub fn of(reading: Reading) -> Self {
+    pub fn of(mut reading: Reading) -> Self {
+        for holder in &mut reading.holders {
+            holder.function = short(&demangle(&holder.function));
+            for held in &mut holder.held {
+                if let By::Frame(function) = &mut held.by {
+                    *function = short(&demangle(function));
+                }
+            }
+        }
         let closed = closing(&reading).is_some();
         let statements = statements(&reading);
         Self { reading, closed, statements }
     }
 
-    /// The holder, what it waits for and the spinner on that CPU, if the cycle closes.
+    /// The cycle, if it closes.
     #[must_use]
-    pub fn closing(&self) -> Option<(&Holder, &Wait, &Spinner)> {
+    pub fn closing(&self) -> Option<Closing<'_>> {
         closing(&self.reading)
     }
 }
 
-fn holds(holder: &Holder, spinner: &Spinner) -> Option<Held> {
-    holder.held.iter().copied().find(|held| spinner.locked && Some(held.pfn) == spinner.pfn)
+fn holds<'a>(holder: &'a Holder, spinner: &Spinner) -> Option<&'a Held> {
+    holder.held.iter().find(|held| spinner.locked && Some(held.pfn) == spinner.pfn)
 }
 
-fn closing(reading: &Reading) -> Option<(&Holder, &Wait, &Spinner)> {
+fn closing(reading: &Reading) -> Option<Closing<'_>> {
     reading.holders.iter().find_map(|holder| {
-        let wait = holder.waits_for.as_ref().filter(|wait| wait.queued)?;
-        let spinner = reading.spinners.iter().find(|spinner| {
-            spinner.cpu == wait.cpu && spinner.task == wait.current && holds(holder, spinner).is_some()
-        })?;
-        Some((holder, wait, spinner))
+        let work = holder.waits_for.as_ref().filter(|wait| wait.queued);
+        let work = work.map(|wait| (wait.cpu, &wait.current, Link::Work(wait)));
+        let cpu = holder.ready.as_ref().map(|ready| (ready.cpu, &ready.current, Link::Cpu(ready)));
+        work.into_iter().chain(cpu).find_map(|(cpu, current, link)| {
+            let there = |spinner: &&Spinner| spinner.cpu == cpu && spinner.task == *current;
+            let closes = |spinner| Some(Closing { holder, held: holds(holder, spinner)?, link, spinner });
+            reading.spinners.iter().filter(there).find_map(closes)
+        })
     })
 }
 
@@ -174,10 +237,23 @@ fn statements(reading: &Reading) -> Vec<String> {
     }
     for holder in &reading.holders {
         for held in &holder.held {
+            says.push(match &held.by {
+                By::Index(index) => format!(
+                    "pfn {:#x} is src[{index}] of the migration of {:#x}-{:#x} by {}, with MIGRATE_PFN_MIGRATE: it holds the lock",
+                    held.pfn, holder.start, holder.end, holder.task
+                ),
+                By::Frame(function) => format!(
+                    "the stack of {} has the folio of pfn {:#x} in its frame of {function}(), and makes no access: it holds the lock",
+                    holder.task, held.pfn
+                ),
+            });
+        }
+        if let Some(ready) = &holder.ready {
             says.push(format!(
-                "pfn {:#x} is src[{}] of the migration of {:#x}-{:#x} by {}, with MIGRATE_PFN_MIGRATE: it holds the lock",
-                held.pfn, held.index, holder.start, holder.end, holder.task
+                "{} left its CPU in {}() and is ready to run again: it is on the run queue of CPU {}, which runs {}",
+                holder.task, holder.function, ready.cpu, ready.current
             ));
+            continue;
         }
         let Some(wait) = &holder.waits_for else {
             says.push(format!("{} sleeps in {}", holder.task, holder.function));
@@ -201,7 +277,7 @@ fn statements(reading: &Reading) -> Vec<String> {
             .map_or(String::new(), |worker| format!("; {worker} is ready and does not run"));
         says.push(format!("CPU {} runs {}{worker}", wait.cpu, wait.current));
     }
-    if let Some((holder, _, spinner)) = closing(reading) {
+    if let Some(Closing { holder, spinner, .. }) = closing(reading) {
         says.push(format!(
             "so {} waits for {}, and {} for {}: the cycle is closed",
             spinner.task.comm, holder.task.comm, holder.task.comm, spinner.task.comm
@@ -211,14 +287,14 @@ fn statements(reading: &Reading) -> Vec<String> {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use super::*;
 
     fn task(pid: u32, comm: &str) -> Task {
         Task { pid, comm: comm.into() }
     }
 
-    pub(in super::super) fn reading() -> Reading {
+    pub(crate) fn reading() -> Reading {
         let spinner = |cpu: u32| Spinner {
             cpu,
             task: task(58 + cpu, "faulter"),
@@ -245,21 +321,69 @@ pub(super) mod tests {
             task: task(57, "migrator"),
             state: "D (disk sleep)".into(),
             function: "__lru_add_drain_all".into(),
-            migrate: 2,
+            ready: None,
+            migrate: Some(2),
             start: 0x7f65_3ee8_d000,
             end: 0x7f65_3eea_d000,
-            held: vec![Held { index: 3, pfn: 0xfcf_0003 }],
+            held: vec![Held { pfn: 0xfcf_0003, by: By::Index(3) }],
             waits_for: Some(wait),
         };
         Reading { spinners: vec![spinner(1), spinner(2)], holders: vec![holder], notes: Vec::new() }
+    }
+
+    /// The holder drains nothing: it has only to run, on the CPU of a spinner.
+    pub(crate) fn starved() -> Reading {
+        let mut reading = reading();
+        let holder = &mut reading.holders[0];
+        holder.state = "R (running)".into();
+        holder.function = "hold".into();
+        (holder.migrate, holder.waits_for) = (None, None);
+        holder.held = vec![Held { pfn: 0xfcf_0003, by: By::Frame("hold".into()) }];
+        holder.ready = Some(Ready { cpu: 2, current: task(60, "faulter") });
+        reading
     }
 
     #[test]
     fn the_cycle_closes_on_the_cpu_that_the_work_is_queued_on() {
         let structures = Structures::of(reading());
         assert!(structures.closed);
-        assert_eq!(structures.closing().map(|(_, _, spinner)| spinner.cpu), Some(2));
+        let closing = structures.closing().expect("closed");
+        assert_eq!(closing.spinner.cpu, 2);
+        assert!(matches!(closing.link, Link::Work(_)));
         assert!(structures.statements.last().expect("statements").ends_with("the cycle is closed"));
+    }
+
+    #[test]
+    fn a_holder_that_only_has_to_run_closes_it_too() {
+        let structures = Structures::of(starved());
+        let closing = structures.closing().expect("closed");
+        assert!(matches!(closing.link, Link::Cpu(_)));
+        assert_eq!((closing.spinner.cpu, closing.holder.task.pid), (2, 57));
+        let says = structures.statements.join("\n");
+        assert!(says.contains("on the run queue of CPU 2, which runs faulter (pid 60)"), "{says}");
+        assert!(says.ends_with("the cycle is closed"), "{says}");
+        type Break = fn(&mut Reading);
+        let breaks: [(&str, Break); 4] = [
+            ("it is on no run queue", |r| r.holders[0].ready = None),
+            ("somebody else runs there", |r| {
+                r.holders[0].ready.iter_mut().for_each(|ready| ready.current.pid = 1);
+            }),
+            ("it is on another CPU's", |r| r.holders[0].ready.iter_mut().for_each(|ready| ready.cpu = 0)),
+            ("it has another folio", |r| r.holders[0].held[0].pfn = 7),
+        ];
+        for (what, break_it) in breaks {
+            let mut reading = starved();
+            break_it(&mut reading);
+            assert!(!Structures::of(reading).closed, "{what}");
+        }
+    }
+
+    #[test]
+    fn what_older_records_say_is_read() {
+        let text = r#"{"task":{"pid":57,"comm":"m"},"state":"D","function":"f","migrate":2,"start":1,"end":2,
+            "held":[{"index":3,"pfn":7}],"waits_for":null}"#;
+        let holder: Holder = serde_json::from_str(text).expect("a holder");
+        assert_eq!(holder.held, [Held { pfn: 7, by: By::Index(3) }]);
     }
 
     #[test]

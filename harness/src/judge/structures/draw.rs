@@ -3,7 +3,7 @@
 use svg::Document;
 use svg::node::element::{Definitions, Group, Marker, Path, Rectangle, Style, Text};
 
-use super::Structures;
+use super::{By, Closing, Link, Structures};
 
 const WIDTH: usize = 560;
 const BOX: usize = 440;
@@ -96,8 +96,7 @@ fn text(says: &str, x: usize, y: usize, class: &str) -> Text {
 }
 
 fn stations(structures: &Structures) -> Option<Vec<Station>> {
-    let (holder, wait, spinner) = structures.closing()?;
-    let held = holder.held.iter().find(|held| Some(held.pfn) == spinner.pfn)?;
+    let Closing { holder, held, link, spinner } = structures.closing()?;
     let others = structures
         .reading
         .spinners
@@ -105,7 +104,7 @@ fn stations(structures: &Structures) -> Option<Vec<Station>> {
         .filter(|other| other.cpu != spinner.cpu && other.pfn == spinner.pfn)
         .map(|other| format!("as does {} on CPU {}", other.task, other.cpu));
     let function = spinner.function.as_deref().unwrap_or("the kernel");
-    Some(vec![
+    let mut stations = vec![
         Station {
             head: format!("{} spins on CPU {}", spinner.task, spinner.cpu),
             lines: std::iter::once(format!("{function}() at {:#x}", spinner.address)).chain(others).collect(),
@@ -119,36 +118,49 @@ fn stations(structures: &Structures) -> Option<Vec<Station>> {
             spins: false,
         },
         Station {
-            head: format!("{} sleeps", holder.task),
+            head: match link {
+                Link::Work(_) => format!("{} sleeps", holder.task),
+                Link::Cpu(_) => format!("{} is ready to run", holder.task),
+            },
             lines: vec![
                 format!("{}()", holder.function),
-                format!("has the folio as src[{}] of its migration", held.index),
+                match &held.by {
+                    By::Index(index) => format!("has the folio as src[{index}] of its migration"),
+                    By::Frame(function) => format!("has the folio in its frame of {function}()"),
+                },
             ],
-            leads: "waits for",
+            leads: match link {
+                Link::Work(_) => "waits for",
+                Link::Cpu(_) => "is on the run queue of",
+            },
             spins: false,
         },
-        Station {
-            head: format!("work item {}", wait.function),
-            lines: vec![format!(
-                "queued on the pool of CPU {}{}",
-                wait.cpu,
-                wait.workqueue.as_ref().map_or(String::new(), |queue| format!(", workqueue {queue}"))
-            )],
-            leads: "needs",
-            spins: false,
-        },
-        Station {
-            head: format!("CPU {}", wait.cpu),
-            lines: wait.worker.iter().map(|worker| format!("{worker} is ready to run")).collect(),
-            leads: "is taken by",
-            spins: false,
-        },
-    ])
+    ];
+    let (cpu, ready) = match link {
+        Link::Work(wait) => {
+            let queue = wait.workqueue.as_ref().map_or(String::new(), |queue| format!(", workqueue {queue}"));
+            stations.push(Station {
+                head: format!("work item {}", wait.function),
+                lines: vec![format!("queued on the pool of CPU {}{queue}", wait.cpu)],
+                leads: "needs",
+                spins: false,
+            });
+            (wait.cpu, wait.worker.as_ref())
+        }
+        Link::Cpu(ready) => (ready.cpu, None),
+    };
+    stations.push(Station {
+        head: format!("CPU {cpu}"),
+        lines: ready.map(|worker| format!("{worker} is ready to run")).into_iter().collect(),
+        leads: "is taken by",
+        spins: false,
+    });
+    Some(stations)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::cycle::tests::reading;
+    use super::super::cycle::tests::{reading, starved};
     use super::*;
 
     #[test]
@@ -159,6 +171,15 @@ mod tests {
         {
             assert!(picture.contains(part), "{part} in {picture}");
         }
+    }
+
+    #[test]
+    fn a_starved_holder_is_drawn_on_the_run_queue() {
+        let picture = svg(&Structures::of(starved())).expect("a picture");
+        for part in ["migrator (pid 57) is ready to run", "is on the run queue of", "frame of hold()"] {
+            assert!(picture.contains(part), "{part} in {picture}");
+        }
+        assert!(!picture.contains("work item"), "{picture}");
     }
 
     #[test]

@@ -8,6 +8,9 @@
 mod cycle;
 mod draw;
 
+#[cfg(test)]
+pub(crate) use cycle::tests;
+
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -17,7 +20,7 @@ use std::time::{Duration, Instant};
 use object::{Object, ObjectSymbol};
 use serde::Serialize;
 
-pub use cycle::{Structures, Task};
+pub use cycle::{By, Closing, Link, Structures, Task};
 pub use draw::svg;
 
 use crate::vm::children::{Child, SpawnError};

@@ -15,7 +15,7 @@ from drgn.helpers.linux import for_each_task
 from drgn.helpers.linux.list import list_for_each_entry
 from drgn.helpers.linux.mm import PageLocked, compound_head
 from drgn.helpers.linux.percpu import per_cpu
-from drgn.helpers.linux.sched import cpu_curr, get_task_state
+from drgn.helpers.linux.sched import cpu_curr, get_task_state, task_cpu
 
 # A swap entry in a page table: its type in the top bits, its offset inverted and shifted
 # (arch/x86/include/asm/pgtable_64.h: __swp_offset()).
@@ -40,6 +40,9 @@ REGISTERS = {
 
 # Functions that tell better what a sleeper waits for than the ones below them do.
 SLEEPS = ("__lru_add_drain_all", "migration_entry_wait_on_locked", "folio_wait_bit_common")
+
+# Functions below those that tell what a task was doing when it left its CPU.
+SCHEDULING = re.compile(r"(__)?(sched|context_switch|switch_to|preempt_schedule)|.*sleep_range|.*hrtimer|.*[fm]sleep$")
 
 # Functions that make an access; the outermost of a stack is the one that makes it again.
 ACCESSES = ("do_swap_page", "handle_mm_fault", "hmm_range_fault", "exc_page_fault", "fixup_user_fault")
@@ -207,45 +210,94 @@ def waits_for(prog, trace):
     }
 
 
-def holders(prog, pfns):
-    """Sleepers that have one of these pages in a migration of theirs, its lock with it."""
+def ready(prog, task):
+    """Of a task that is ready to run and does not: the CPU on whose run queue it is, and what runs there."""
+    if get_task_state(task)[0] != "R" or task.on_cpu.value_() or not task.on_rq.value_():
+        return None
+    cpu = task_cpu(task)
+    queue = per_cpu(prog["runqueues"], cpu)
+    waiting = list_for_each_entry("struct task_struct", queue.cfs_tasks.address_of_(), "se.group_node")
+    if not any(other.value_() == task.value_() for other in waiting):
+        return None
+    return {"cpu": cpu, "current": task_of(cpu_curr(prog, cpu))}
+
+
+def migration(trace):
+    """The struct migrate_vma of a task in the middle of a migration."""
+    frame = next((f for f in trace if f.name in ("migrate_vma_setup", "migrate_vma_unmap")), None)
+    return (frame is not None), variable(frame, "args", "migrate") if frame is not None else None
+
+
+def held_by_migration(migrate, pfns):
+    """Pages of its array of sources that are among these and whose locks it holds."""
+    for index in range((migrate.end.value_() - migrate.start.value_()) >> 12):
+        source = migrate.src[index].value_()
+        if source & MIGRATE_PFN_MIGRATE and source >> MIGRATE_PFN_SHIFT in pfns:
+            yield {"index": index, "pfn": source >> MIGRATE_PFN_SHIFT}
+
+
+def held_by_stack(prog, trace, folios):
+    """Folios to which a frame of a stack has a pointer, each with the outermost such frame: those below it only save its
+    registers. `folios` are their pfns by address."""
+    frames = [frame for frame in trace if frame.name and not frame.is_inline]
+    found = {}
+    for frame, caller in zip(frames, frames[1:]):
+        for address in range(frame.sp, caller.sp, 8):
+            pfn = folios.get(prog.read_u64(address))
+            if pfn is not None:
+                found[pfn] = frame.name
+    return [{"frame": name, "pfn": pfn} for pfn, name in found.items()]
+
+
+def holders(prog, spinning):
+    """Tasks that do not run and hold one of the folios that the spinners are at: it is among the sources of their migration,
+    or their stack has a pointer to it and they are not themselves after it."""
+    folios = {spinner["folio"]: spinner["pfn"] for spinner in spinning if spinner.get("locked")}
+    pfns = {spinner["pfn"] for spinner in spinning if "pfn" in spinner}
     for task in for_each_task(prog):
-        if task.mm.value_() == 0 or get_task_state(task)[0] not in "DS":
+        if task.mm.value_() == 0 or task.on_cpu.value_() or get_task_state(task)[0] not in "DSR":
             continue
         try:
             trace = prog.stack_trace(task)
-            setup = next((f for f in trace if f.name in ("migrate_vma_setup", "migrate_vma_unmap")), None)
-            if setup is None:
-                continue
-            migrate = variable(setup, "args", "migrate")
-            if migrate is None:
-                NOTES.append("pid {}: the debug information has lost its struct migrate_vma".format(task.pid.value_()))
-                continue
-            pages = (migrate.end.value_() - migrate.start.value_()) >> 12
-            held = []
-            for index in range(pages):
-                source = migrate.src[index].value_()
-                if source & MIGRATE_PFN_MIGRATE and source >> MIGRATE_PFN_SHIFT in pfns:
-                    held.append({"index": index, "pfn": source >> MIGRATE_PFN_SHIFT})
-            yield {
+            found = {
                 "task": task_of(task),
                 "state": get_task_state(task),
-                "function": next((f.name for f in trace if f.name in SLEEPS), trace[0].name),
-                "migrate": migrate.value_(),
-                "start": migrate.start.value_(),
-                "end": migrate.end.value_(),
-                "held": held,
-                "waits_for": waits_for(prog, trace),
+                "function": next((f.name for f in trace if f.name in SLEEPS), told(trace)),
+                "ready": ready(prog, task),
             }
+            migrates, migrate = migration(trace)
+            if migrate is not None:
+                found.update(
+                    migrate=migrate.value_(),
+                    start=migrate.start.value_(),
+                    end=migrate.end.value_(),
+                    held=list(held_by_migration(migrate, pfns)),
+                    waits_for=waits_for(prog, trace),
+                )
+            elif migrates:
+                NOTES.append("pid {}: the debug information has lost its struct migrate_vma".format(task.pid.value_()))
+                continue
+            elif any(frame.name in ACCESSES for frame in trace):
+                continue
+            else:
+                found["held"] = held_by_stack(prog, trace, folios)
+                if not found["held"]:
+                    continue
+            yield found
         except (drgn.FaultError, LookupError, ValueError) as error:
             note("pid {}".format(task.pid.value_()), error)
+
+
+def told(trace):
+    """The innermost function of a stack that is not about scheduling."""
+    names = [frame.name for frame in trace if frame.name]
+    return next((name for name in names if not SCHEDULING.match(name)), names[0] if names else "?")
 
 
 def main():
     prog = open_guest(CONFIG)
     spinning = list(spinners(prog, cpu_registers(CONFIG["registers"])))
-    pfns = {spinner["pfn"] for spinner in spinning if "pfn" in spinner}
-    json.dump({"spinners": spinning, "holders": list(holders(prog, pfns)), "notes": NOTES}, sys.stdout)
+    json.dump({"spinners": spinning, "holders": list(holders(prog, spinning)), "notes": NOTES}, sys.stdout)
 
 
 main()

@@ -167,6 +167,8 @@ pub enum Source {
     Console,
     /// QEMU and the processes around it.
     Machine,
+    /// Data structures in the guest's memory.
+    Memory,
 }
 
 /// What an observation does to a verdict.

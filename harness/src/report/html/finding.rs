@@ -6,6 +6,7 @@ use maud::{Markup, html};
 
 use super::tag;
 use crate::judge::cycle::Cycle;
+use crate::judge::structures::{Closing, Link};
 use crate::judge::verdict::{Source, Verdict};
 use crate::report::Counted;
 use crate::report::Report;
@@ -40,9 +41,10 @@ fn finding(report: &Report, number: usize, found: &Found) -> Markup {
                 (tag(found.verdict))
                 @if found.unexpected > 0 && found.verdict != Verdict::HarnessError { strong { (found.often()) } }
                 @else { span { (found.often()) } }
-                code.faint { (found.identity) }
+                span { "in " (found.scenarios(&report.runs).join(", ")) }
+                @if record.identity.is_some() { code.faint { (found.identity) } }
             }
-            p { (record.judgement.reason) }
+            @if record.title.is_some() { p { (record.judgement.reason) } }
             div.split.pictured[picture.is_some()] {
                 @if let Some(svg) = &picture {
                     figure.picture {
@@ -86,10 +88,14 @@ fn finding(report: &Report, number: usize, found: &Found) -> Markup {
 /// The picture in a sentence.
 fn alt(found: &Found, report: &Report) -> String {
     let closing = report.runs[found.shown_by].record.structures.as_ref().and_then(|structures| {
-        let (holder, wait, spinner) = structures.closing()?;
+        let Closing { holder, link, spinner, .. } = structures.closing()?;
+        let waits = match link {
+            Link::Work(wait) => format!("waits for {} on CPU {}", wait.function, wait.cpu),
+            Link::Cpu(ready) => format!("is ready to run on CPU {}", ready.cpu),
+        };
         Some(format!(
-            "Cycle: {} spins on CPU {} for a folio that {} has locked, which waits for {} on CPU {}, which the spinner keeps.",
-            spinner.task, spinner.cpu, holder.task, wait.function, wait.cpu
+            "Cycle: {} spins on CPU {} for a folio that {} has locked, which {waits}, which the spinner keeps.",
+            spinner.task, spinner.cpu, holder.task
         ))
     });
     closing.unwrap_or_else(|| "Who waits for whom".to_owned())
@@ -105,6 +111,7 @@ fn statements(cycle: &Cycle) -> Markup {
                     @match (statement.line, statement.source) {
                         (Some(line), _) => { " " span.at { "console.log:" (line) } },
                         (None, Source::Samples) => { " " span.at { "CPU samples" } },
+                        (None, Source::Memory) => { " " span.at { "guest memory" } },
                         (None, _) => {},
                     }
                 }
