@@ -1,8 +1,9 @@
 //! The report's page in a real browser: on a phone and on a desktop, in the light and in the dark it has no sideways
 //! scroll, enough contrast, names for all that is not text, and it asks nobody for anything.
 //!
-//! Needs Chromium (Debian's `chromium`); where there is none the test says so and passes. The browser is spoken to over
-//! its debugging pipe: JSON, each message ended by a NUL.
+//! Needs Chromium (Debian's `chromium`); where there is none the test says so and passes, and `ci/test` counts it as
+//! skipped. The browser is spoken to over its debugging pipe: JSON, each message ended by a NUL. What it showed is left in
+//! `target/tmp/report-WIDTH-SCHEME.png`.
 
 mod sample;
 
@@ -14,6 +15,8 @@ use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 use std::time::Duration;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 
 /// For an answer of the browser on a loaded machine.
@@ -157,6 +160,13 @@ fn page_is_sound_on_a_phone_and_in_the_dark() {
         browser.wait("Page.loadEventFired");
         let checks = json!({ "expression": CHECKS, "returnByValue": true });
         let answer = browser.call(session, "Runtime.evaluate", checks);
+        let size = &browser.call(session, "Page.getLayoutMetrics", json!({}))["cssContentSize"];
+        let clip = json!({ "x": 0, "y": 0, "width": width, "height": size["height"], "scale": 1 });
+        let shot = json!({ "format": "png", "captureBeyondViewport": true, "clip": clip });
+        let shot = browser.call(session, "Page.captureScreenshot", shot);
+        let shot = STANDARD.decode(shot["data"].as_str().expect("a picture")).expect("Base64");
+        let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("report-{width}-{scheme}.png"));
+        fs::write(file, shot).expect("written");
         let wrong = answer["result"]["value"].as_array().unwrap_or_else(|| panic!("{answer:#}")).clone();
         assert!(wrong.is_empty(), "at {width} px, {scheme}: {wrong:#?}");
         for event in &browser.events {

@@ -77,6 +77,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<Outcome, Error> {
         qemu(&pins, &cache),
         kvm(&ctx.cache, args.fresh)?,
         gdb(&distribution),
+        browser(&distribution),
     ];
     if args.json {
         println!("{}", serde_json::to_string_pretty(&findings)?);
@@ -224,6 +225,21 @@ fn gdb(distribution: &Distribution) -> Finding {
             Some(install(distribution, "gdb")),
         ),
         Err(_) => Finding::note(what, "none, which `hmmstorm gdb` needs", Some(install(distribution, "gdb"))),
+    }
+}
+
+/// Names that Chromium goes by; the first is Debian's.
+const BROWSERS: [&str; 3] = ["chromium", "chromium-browser", "google-chrome"];
+
+fn browser(distribution: &Distribution) -> Finding {
+    let what = "browser";
+    match BROWSERS.into_iter().find(|name| host::which(name).is_some()) {
+        Some(name) => Finding::good(what, format!("{name}, for the test of the report's page")),
+        None => Finding::note(
+            what,
+            "no Chromium: the report's page is not tested in a browser",
+            Some(install(distribution, "chromium")),
+        ),
     }
 }
 

@@ -266,7 +266,10 @@ fn axes(runs: &[Run]) -> (Vec<Axis>, Vec<(Axis, String)>) {
 
 fn tables(axes: &[Axis], cells: &[Cell]) -> Vec<Table> {
     let is_row = |axis: &Axis| matches!(axis, Axis::Kernel | Axis::Flavour | Axis::Variant | Axis::Control);
-    let is_column = |axis: &Axis| matches!(axis, Axis::Preempt | Axis::Cpus);
+    // Where all runs are of one machine, scenarios stand side by side in place of one below the other.
+    let of_machine = |axis: &Axis| matches!(axis, Axis::Preempt | Axis::Cpus);
+    let one_machine = !axes.iter().any(of_machine);
+    let is_column = |axis: &Axis| of_machine(axis) || one_machine && *axis == Axis::Scenario;
     let of = |key: &[String], which: &dyn Fn(&Axis) -> bool| -> Vec<String> {
         axes.iter().zip(key).filter(|(axis, _)| which(axis)).map(|(_, value)| value.clone()).collect()
     };

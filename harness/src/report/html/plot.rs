@@ -4,6 +4,7 @@
 //! serves both. Nothing that the guest wrote gets into a drawing: names are in the legend, which is HTML.
 
 use plotters::coord::Shift;
+use plotters::coord::ranged1d::ValueFormatter;
 use plotters::prelude::*;
 
 use crate::report::Error;
@@ -88,21 +89,13 @@ pub(super) fn latency(lines: &[Line]) -> Result<String, Error> {
             .x_label_area_size(38)
             .y_label_area_size(58)
             .build_cartesian_2d(0.0..nines, (low..high).log_scale())?;
-        chart
-            .configure_mesh()
-            .disable_x_mesh()
-            .light_line_style(TRANSPARENT)
-            .bold_line_style(LINE)
-            .axis_style(FAINT)
-            .label_style(text(13))
-            .axis_desc_style(text(13))
-            .x_labels(6)
-            .y_labels(8)
-            .x_label_formatter(&|nines| quantile(*nines))
-            .y_label_formatter(&|value| duration(*value))
-            .x_desc("operations that took at most so long")
-            .draw()?;
-        series(&mut chart, lines)
+        let axes = Axes {
+            x: "operations that took at most so long",
+            x_label: &|nines| quantile(*nines),
+            y_label: &|value| duration(*value),
+            y_labels: 8,
+        };
+        fill(&mut chart, &axes, lines)
     })
 }
 
@@ -117,32 +110,49 @@ pub(super) fn survival(lines: &[Line], unit: &str) -> Result<String, Error> {
             .x_label_area_size(38)
             .y_label_area_size(48)
             .build_cartesian_2d(0.0..end * 1.02, 0.0..1.02)?;
-        chart
-            .configure_mesh()
-            .disable_x_mesh()
-            .light_line_style(TRANSPARENT)
-            .bold_line_style(LINE)
-            .axis_style(FAINT)
-            .label_style(text(13))
-            .axis_desc_style(text(13))
-            .x_labels(6)
-            .y_labels(5)
-            .x_label_formatter(&|value| short(*value))
-            .y_label_formatter(&|share| format!("{:.0} %", share * 100.0))
-            .x_desc(unit)
-            .draw()?;
-        series(&mut chart, lines)
+        let axes = Axes {
+            x: unit,
+            x_label: &|value| short(*value),
+            y_label: &|share| format!("{:.0} %", share * 100.0),
+            y_labels: 5,
+        };
+        fill(&mut chart, &axes, lines)
     })
 }
 
-fn series<X, Y>(
+/// How the axes of a plot are labelled.
+struct Axes<'a> {
+    /// What the horizontal one is.
+    x: &'a str,
+    x_label: &'a dyn Fn(&f64) -> String,
+    y_label: &'a dyn Fn(&f64) -> String,
+    y_labels: usize,
+}
+
+/// Draws mesh, axes and lines.
+fn fill<X, Y>(
     chart: &mut ChartContext<'_, SVGBackend<'_>, Cartesian2d<X, Y>>,
+    axes: &Axes<'_>,
     lines: &[Line],
 ) -> Result<(), DrawingAreaErrorKind<std::io::Error>>
 where
-    X: Ranged<ValueType = f64>,
-    Y: Ranged<ValueType = f64>,
+    X: Ranged<ValueType = f64> + ValueFormatter<f64>,
+    Y: Ranged<ValueType = f64> + ValueFormatter<f64>,
 {
+    chart
+        .configure_mesh()
+        .disable_x_mesh()
+        .light_line_style(TRANSPARENT)
+        .bold_line_style(LINE)
+        .axis_style(FAINT)
+        .label_style(text(13))
+        .axis_desc_style(text(13))
+        .x_labels(6)
+        .y_labels(axes.y_labels)
+        .x_label_formatter(axes.x_label)
+        .y_label_formatter(axes.y_label)
+        .x_desc(axes.x)
+        .draw()?;
     for (line, colour) in lines.iter().zip(SERIES.iter().cycle()) {
         if !line.band.is_empty() {
             let upper = line.band.iter().map(|&(x, _, high)| (x, high));
