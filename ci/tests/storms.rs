@@ -1,5 +1,5 @@
 //! The argument in small: the bug shows on the stock kernel, is gone with the cure, is gone when any of its
-//! conditions is, and `pass` means that data was checked. `ci/full-counts` has the counts over many seeds.
+//! conditions is, and `pass` means that data was checked. `ci/plans/counts.toml` counts over many seeds.
 
 use hmmstorm_smoke::Storm;
 

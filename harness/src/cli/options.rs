@@ -99,14 +99,7 @@ fn chaos(plan: &str) -> Result<String, String> {
 
 /// A fault plan that the harness itself hands to the device, at run time.
 fn chaos_plan(text: &str) -> Result<Chaos, String> {
-    let text = chaos(text)?;
-    let mut plan = serde_json::Map::new();
-    for (key, value) in text.split(',').filter_map(|pair| pair.split_once('=')) {
-        let value = serde_json::from_str(value)
-            .map_err(|_| format!("'{value}' is neither a number nor true or false"))?;
-        plan.insert(key.to_owned(), value);
-    }
-    serde_json::from_value(plan.into()).map_err(|error| error.to_string())
+    chaos(text)?.parse()
 }
 
 /// What runs the guest's code.
