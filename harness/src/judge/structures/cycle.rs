@@ -95,6 +95,10 @@ pub struct Wait {
     pub cpu: u32,
     /// It is on that pool's `worklist`.
     pub queued: bool,
+    /// The worker has begun it, gave its CPU away before it was done, and is ready to run again: `process_one_work()`
+    /// reschedules before it forgets an item (`kernel/workqueue.c`).
+    #[serde(default)]
+    pub begun: bool,
     /// A worker of that pool that is ready to run.
     pub worker: Option<Task>,
     /// What runs on that CPU.
@@ -169,8 +173,8 @@ pub struct Structures {
     /// What was read.
     #[serde(flatten)]
     pub reading: Reading,
-    /// A spinner is at a folio that a task holds, and that task waits for work that is queued on the CPU that the spinner
-    /// runs on, or for that CPU itself.
+    /// A spinner is at a folio that a task holds, and that task waits for work that is queued or begun on the CPU that the
+    /// spinner runs on, or for that CPU itself.
     pub closed: bool,
     /// The same in sentences.
     pub statements: Vec<String>,
@@ -206,7 +210,7 @@ fn holds<'a>(holder: &'a Holder, spinner: &Spinner) -> Option<&'a Held> {
 
 fn closing(reading: &Reading) -> Option<Closing<'_>> {
     reading.holders.iter().find_map(|holder| {
-        let work = holder.waits_for.as_ref().filter(|wait| wait.queued);
+        let work = holder.waits_for.as_ref().filter(|wait| wait.queued || wait.begun);
         let work = work.map(|wait| (wait.cpu, &wait.current, Link::Work(wait)));
         let cpu = holder.ready.as_ref().map(|ready| (ready.cpu, &ready.current, Link::Cpu(ready)));
         work.into_iter().chain(cpu).find_map(|(cpu, current, link)| {
@@ -265,10 +269,11 @@ fn statements(reading: &Reading) -> Vec<String> {
             holder.function,
             wait.function,
             wait.cpu,
-            match (&wait.workqueue, wait.queued) {
-                (Some(queue), true) => format!("on the worklist of that CPU's pool ({queue})"),
-                (None, true) => "on the worklist of that CPU's pool".to_owned(),
-                (_, false) => "not queued".to_owned(),
+            match (&wait.workqueue, &wait.worker) {
+                (_, Some(worker)) if wait.begun => format!("begun by {worker}, and not done"),
+                (Some(queue), _) if wait.queued => format!("on the worklist of that CPU's pool ({queue})"),
+                (None, _) if wait.queued => "on the worklist of that CPU's pool".to_owned(),
+                _ => "not queued".to_owned(),
             }
         ));
         let worker = wait
@@ -314,6 +319,7 @@ pub(crate) mod tests {
             workqueue: Some("mm_percpu_wq".into()),
             cpu: 2,
             queued: true,
+            begun: false,
             worker: Some(task(54, "kworker/2:2")),
             current: task(60, "faulter"),
         };
@@ -341,6 +347,23 @@ pub(crate) mod tests {
         holder.held = vec![Held { pfn: 0xfcf_0003, by: By::Frame("hold".into()) }];
         holder.ready = Some(Ready { cpu: 2, current: task(60, "faulter") });
         reading
+    }
+
+    /// Between the function of a work item and the end of it, its worker may give way to the spinner.
+    #[test]
+    fn work_that_was_begun_closes_it_as_well() {
+        let mut reading = reading();
+        for wait in reading.holders.iter_mut().filter_map(|holder| holder.waits_for.as_mut()) {
+            (wait.queued, wait.begun, wait.workqueue) = (false, true, None);
+        }
+        let structures = Structures::of(reading);
+        assert!(structures.closed);
+        let says = "lru_add_drain_per_cpu of CPU 2, which is begun by kworker/2:2 (pid 54), and not done";
+        assert!(
+            structures.statements.iter().any(|line| line.ends_with(says)),
+            "{:#?}",
+            structures.statements
+        );
     }
 
     #[test]
@@ -393,7 +416,9 @@ pub(crate) mod tests {
             ("the folio is not locked", |r| r.spinners.iter_mut().for_each(|s| s.locked = false)),
             ("the spinners are at another folio", |r| r.spinners.iter_mut().for_each(|s| s.pfn = Some(7))),
             ("the migration has another page", |r| r.holders[0].held.clear()),
-            ("the work is not queued", |r| r.holders[0].waits_for.iter_mut().for_each(|w| w.queued = false)),
+            ("the work is neither queued nor begun", |r| {
+                r.holders[0].waits_for.iter_mut().for_each(|w| w.queued = false)
+            }),
             ("something else runs there", |r| {
                 r.holders[0].waits_for.iter_mut().for_each(|w| w.current.pid = 1);
             }),

@@ -141,7 +141,11 @@ fn stations(structures: &Structures) -> Option<Vec<Station>> {
             let queue = wait.workqueue.as_ref().map_or(String::new(), |queue| format!(", workqueue {queue}"));
             stations.push(Station {
                 head: format!("work item {}", wait.function),
-                lines: vec![format!("queued on the pool of CPU {}{queue}", wait.cpu)],
+                lines: vec![if wait.begun {
+                    format!("begun on the pool of CPU {}, not done", wait.cpu)
+                } else {
+                    format!("queued on the pool of CPU {}{queue}", wait.cpu)
+                }],
                 leads: "needs",
                 spins: false,
             });

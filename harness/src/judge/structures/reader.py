@@ -185,14 +185,11 @@ def waits_for(prog, trace):
         item.value_() == address
         for item in list_for_each_entry("struct work_struct", pool.worklist.address_of_(), "entry")
     )
-    worker = next(
-        (
-            worker
-            for worker in list_for_each_entry("struct worker", pool.workers.address_of_(), "node")
-            if worker.task.__state.value_() == 0
-        ),
-        None,
-    )
+    workers = list(list_for_each_entry("struct worker", pool.workers.address_of_(), "node"))
+    # process_one_work() may give its CPU away between the item's function and forgetting the item, which is what the sleeper
+    # waits for.
+    begun = [w for w in workers if w.current_work.value_() == address and not w.task.on_cpu.value_()]
+    worker = next((w for w in begun + workers if w.task.__state.value_() == 0), None)
     data = work.data.counter.value_()
     queue = None
     if data & (1 << prog["WORK_STRUCT_PWQ_BIT"].value_()):
@@ -205,6 +202,7 @@ def waits_for(prog, trace):
         "workqueue": queue,
         "cpu": pool.cpu.value_(),
         "queued": queued,
+        "begun": worker is not None and worker in begun,
         "worker": task_of(worker.task) if worker is not None else None,
         "current": task_of(cpu_curr(prog, cpu)),
     }
