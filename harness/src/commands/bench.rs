@@ -11,13 +11,11 @@ use hmmstorm_abi::wire::event::{self, Event};
 use serde::Serialize;
 
 use self::profile::Profile;
-use super::prepare::prepare_with_selftests;
-use super::storm::runner::{Bench, Configured, Runner, usage};
+use super::prepare::programs_with_selftests;
+use super::storm::runner::{Bench, Runner, Wish, configure};
 use crate::cli::{Context, Error, ImageArgs, MachineArgs, Outcome};
 use crate::judge::record::{self, Record};
-use crate::judge::scenario::Scenario;
 use crate::judge::verdict::Verdict;
-use crate::vm::Guest;
 
 /// The scenario that measures in the guest.
 const SCENARIO: &str = "bench";
@@ -127,24 +125,18 @@ struct Report<'a> {
 
 /// Runs the command.
 pub fn run(args: Args, ctx: &Context) -> Result<Outcome, Error> {
-    let scenario = Scenario::load(&ctx.repo.join("storm/scenarios"), SCENARIO).map_err(usage)?;
-    let mut overrides = args.param.clone();
-    overrides.extend(args.rounds.map(|rounds| ("rounds".to_owned(), rounds.to_string())));
-    let parameters = scenario.parameters(None, &overrides).map_err(usage)?;
-    let mut machine = args.machine.clone();
-    machine.vram = machine.vram.or(scenario.vram());
-    machine.memory = machine.memory.or(scenario.memory());
-    let guest = Guest::Run { scenario: scenario.name.clone(), seed: 0, parameters };
-    let mut prepared = prepare_with_selftests(&args.image, &machine, guest, ctx)?;
-    prepared.boot.spec.append.splice(0..0, scenario.command_line().iter().cloned());
-    scenario.fits(prepared.boot.spec.profile.cpus, prepared.boot.spec.profile.gpus).map_err(usage)?;
-    if machine.dry_run {
+    let mut parameters = args.param.clone();
+    parameters.extend(args.rounds.map(|rounds| ("rounds".to_owned(), rounds.to_string())));
+    let wish = Wish { scenario: SCENARIO, control: None, parameters: &parameters, seed: 0 };
+    let programs = || programs_with_selftests(&args.image, &args.machine, ctx);
+    let configured = configure(wish, &args.machine, ctx, programs)?;
+    let prepared = &configured.prepared;
+    if args.machine.dry_run {
         print!("{}", prepared.dry_run());
         return Ok(Outcome::Pass);
     }
     let folder = prepared.folder(SCENARIO, ctx)?;
-    let bench = Arc::new(Bench::new(&prepared, ctx)?);
-    let configured = Configured { prepared, scenario, control: None };
+    let bench = Arc::new(Bench::new(prepared, ctx)?);
     let runner = Runner::new(configured, vec![Verdict::Pass], bench, ctx).profiling(args.sample);
     ctx.note(format_args!(
         "{OURS} against {STOCK} on {}; logs in {}",

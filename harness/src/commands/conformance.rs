@@ -9,14 +9,13 @@ use std::time::Duration;
 use hmmstorm_abi::wire::event;
 use serde::Serialize;
 
-use super::prepare::prepare_with_selftests;
-use super::storm::runner::{Bench, Configured, Runner, usage};
+use super::prepare::programs_with_selftests;
+use super::storm::runner::{Bench, Runner, Wish, configure};
 use crate::cli::{Context, Error, ImageArgs, MachineArgs, Outcome};
 use crate::judge::kselftest::{self, Reader, Status, TestResult, Totals};
 use crate::judge::record::{self, Record};
-use crate::judge::scenario::Scenario;
 use crate::judge::verdict::Verdict;
-use crate::vm::{Guest, Size};
+use crate::vm::Size;
 
 /// The scenario that runs the tests in the guest.
 const SCENARIO: &str = "conformance";
@@ -91,25 +90,22 @@ struct Report<'a> {
 
 /// Runs the command.
 pub fn run(args: Args, ctx: &Context) -> Result<Outcome, Error> {
-    let mut scenario = Scenario::load(&ctx.repo.join("storm/scenarios"), SCENARIO).map_err(usage)?;
-    if let Some(seconds) = args.test_timeout {
-        scenario.set_no_progress(Duration::from_secs(seconds));
-    }
     let mut machine = args.machine.clone();
-    machine.vram = machine.vram.or(scenario.vram());
-    machine.memory = machine.memory.or(scenario.memory());
     if args.driver == Driver::TestHmm {
         match machine.gpus {
             None | Some(0) => machine.gpus = Some(0),
             Some(_) => return Err(Error::usage("--driver test_hmm serves no GPU: leave out --gpus")),
         }
     }
-    let overrides =
-        if args.filter.is_empty() { vec![] } else { vec![("filter".into(), args.filter.clone())] };
-    let parameters = scenario.parameters(None, &overrides).map_err(usage)?;
-    let guest = Guest::Run { scenario: scenario.name.clone(), seed: 0, parameters };
-    let mut prepared = prepare_with_selftests(&args.image, &machine, guest, ctx)?;
-    prepared.boot.spec.append.splice(0..0, scenario.command_line().iter().cloned());
+    let filter = (!args.filter.is_empty()).then(|| ("filter".to_owned(), args.filter.clone()));
+    let parameters: Vec<_> = filter.into_iter().collect();
+    let wish = Wish { scenario: SCENARIO, control: None, parameters: &parameters, seed: 0 };
+    let programs = || programs_with_selftests(&args.image, &machine, ctx);
+    let mut configured = configure(wish, &machine, ctx, programs)?;
+    if let Some(seconds) = args.test_timeout {
+        configured.scenario.set_no_progress(Duration::from_secs(seconds));
+    }
+    let prepared = &mut configured.prepared;
     if args.driver == Driver::TestHmm {
         prepared.boot.spec.modules = vec!["test_hmm".into()];
         let memory = &mut prepared.boot.spec.profile.memory;
@@ -120,8 +116,7 @@ pub fn run(args: Args, ctx: &Context) -> Result<Outcome, Error> {
         return Ok(Outcome::Pass);
     }
     let folder = prepared.folder(SCENARIO, ctx)?;
-    let bench = Arc::new(Bench::new(&prepared, ctx)?);
-    let configured = Configured { prepared, scenario, control: None };
+    let bench = Arc::new(Bench::new(prepared, ctx)?);
     let runner = Runner::new(configured, vec![Verdict::Pass], bench, ctx);
     ctx.note(format_args!(
         "hmm-tests on {}, driver {}; logs in {}",

@@ -51,20 +51,6 @@ pub fn prepare(
     prepare_with(machine, guest, ctx, || programs(image, machine, ctx))
 }
 
-/// The same with the test programs of the kernel's own tree in the guest.
-pub fn prepare_with_selftests(
-    image: &ImageArgs,
-    machine: &MachineArgs,
-    guest: Guest,
-    ctx: &Context,
-) -> Result<Prepared, Error> {
-    check_preempt(image, machine, ctx)?;
-    prepare_with(machine, guest, ctx, || {
-        find_programs(machine, ctx, |builder| builder.image_with_selftests(image))
-            .map_err(BuildError::into_cli)
-    })
-}
-
 /// The same with programs of the caller's, which are asked for when nothing else is left that could be wrong.
 pub fn prepare_with(
     machine: &MachineArgs,
@@ -94,6 +80,16 @@ pub fn prepare_with(
 pub fn programs(image: &ImageArgs, machine: &MachineArgs, ctx: &Context) -> Result<Programs, Error> {
     check_preempt(image, machine, ctx)?;
     find_programs(machine, ctx, |builder| builder.image(image)).map_err(BuildError::into_cli)
+}
+
+/// The same with the test programs of the kernel's own tree in the guest.
+pub fn programs_with_selftests(
+    image: &ImageArgs,
+    machine: &MachineArgs,
+    ctx: &Context,
+) -> Result<Programs, Error> {
+    check_preempt(image, machine, ctx)?;
+    find_programs(machine, ctx, |builder| builder.image_with_selftests(image)).map_err(BuildError::into_cli)
 }
 
 fn find_programs(
