@@ -11,7 +11,7 @@ use hmmstorm_smoke::{code, evidence, hmmstorm, text};
 const PLAN: &str = "format = 1\nname = 'two'\nsummary = 'bug and cure'\n\
     [[group]]\nname = 'both'\nabout = 'bug and cure'\nscenario = 'drain-livelock'\n\
     variant = ['trylock', 'wait-on-locked']\npreempt = 'none'\ncpus = 2\nmode = 'deterministic'\n\
-    parameters = { rounds = 10 }\nseeds = 2\nexpect = [{ when = { variant = 'trylock' }, verdict = 'livelock' }]\n";
+    parameters = { rounds = 30 }\nseeds = 2\nexpect = [{ when = { variant = 'trylock' }, verdict = 'livelock' }]\n";
 
 /// Time for builds and one run, on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(1800);

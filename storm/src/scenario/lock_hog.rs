@@ -5,12 +5,15 @@ use std::time::Duration;
 use super::access::Faults;
 use super::definition::Parameters;
 use super::range::Range;
+use super::real_time::Unthrottled;
 use super::team::{Crew, Member, Shape};
 use super::{Context, ScenarioError, Stopped, WorkError, Workload};
+use crate::board::Slot;
 use crate::gpu::{Gpu, Owner};
 use crate::machine::{Machine, pin};
 use crate::rng::Rng;
-use crate::sys::memory::Mapping;
+use crate::sys::memory::{BLOCK_PAGES, Mapping};
+use crate::sys::process::run_real_time;
 
 /// GPU whose memory holds the pages.
 const HOLDER: usize = 0;
@@ -27,6 +30,10 @@ pub(crate) struct LockHog {
     holders_cpu: bool,
     faults: Faults,
     pages: usize,
+    /// The pages are one folio of 2 MiB.
+    huge: bool,
+    /// Waiters run under `SCHED_FIFO`.
+    real_time: bool,
     hold: Duration,
     gap: Duration,
     time: Duration,
@@ -49,12 +56,15 @@ impl LockHog {
                 found: machine.cpus,
             });
         }
+        let huge = parameters.choice("folio") == "2M";
         Ok(Self {
             shape: Shape::new(1 + waiters, 1, machine),
             hog: parameters.flag("hog"),
             holders_cpu,
             faults: Faults::from_parameters(parameters),
-            pages: parameters.integer("pages") as usize,
+            pages: if huge { BLOCK_PAGES } else { parameters.integer("pages") as usize },
+            huge,
+            real_time: parameters.choice("sched") == "fifo",
             hold: Duration::from_micros(parameters.integer("hold_us")),
             gap: Duration::from_micros(parameters.integer("gap_us")),
             time: Duration::from_secs(parameters.integer("seconds")),
@@ -64,10 +74,12 @@ impl LockHog {
     fn storm(&self, context: &Context<'_>) -> Result<(), WorkError> {
         let slot = context.board.slot(0);
         slot.enter("leader");
-        let mapping = Mapping::private(self.pages).map_err(WorkError::system("mmap of the range"))?;
-        let range = Range::stamped(mapping, context.seed, 0);
+        let _unthrottled = self.real_time.then(Unthrottled::new).transpose()?;
+        let mapping = if self.huge { Mapping::blocks(1, true) } else { Mapping::private(self.pages) };
+        let range = Range::stamped(mapping.map_err(WorkError::system("mmap of the range"))?, context.seed, 0);
         let gpu = Gpu::open(HOLDER)?;
-        range.migrate(0..self.pages, &gpu, slot)?;
+        let before = gpu.stats()?.huge_to_system;
+        self.to_device(&range, 0..self.pages, &gpu, slot)?;
         self.shape.run(
             context,
             "waiter",
@@ -78,7 +90,22 @@ impl LockHog {
             },
             |crew: &Crew<'_>| crew.let_run(self.time),
         )?;
+        // Small folios would prove nothing of huge ones.
+        if self.huge && gpu.stats()?.huge_to_system == before {
+            return Err(WorkError::Condition("no fault found a folio of 2 MiB on the GPU".to_owned()));
+        }
         range.check_all(slot)
+    }
+
+    /// Moves `pages` to the GPU; with a huge folio, all of it, as it is.
+    fn to_device(
+        &self,
+        range: &Range,
+        pages: std::ops::Range<usize>,
+        gpu: &Gpu,
+        slot: Slot<'_>,
+    ) -> Result<(), WorkError> {
+        if self.huge { range.migrate_huge(0..self.pages, gpu, slot) } else { range.migrate(pages, gpu, slot) }
     }
 
     /// The hog's work.
@@ -106,6 +133,9 @@ impl LockHog {
         if self.holders_cpu && member.number == 1 {
             pin(self.shape.cpu(0)).map_err(WorkError::system("sched_setaffinity to the hog's CPU"))?;
         }
+        if self.real_time {
+            run_real_time().map_err(WorkError::system("sched_setscheduler(SCHED_FIFO) of a waiter"))?;
+        }
         let (here, other) = (Gpu::open(HOLDER)?, Gpu::open(FOREIGN)?);
         let buffer = Mapping::private(1).map_err(WorkError::system("mmap of a waiter's buffer"))?;
         let mut rng = Rng::new(seed, member.number as u64);
@@ -116,7 +146,7 @@ impl LockHog {
             } else {
                 range.check_by_gpu(page, &other, &buffer, Owner::Own, member.slot)?;
             }
-            range.migrate(page..page + 1, &here, member.slot)?;
+            self.to_device(range, page..page + 1, &here, member.slot)?;
         }
         Ok(())
     }

@@ -62,6 +62,12 @@ impl State {
             Error::harness(format!("cannot {what} {}: {error}", dir.display()))
         };
         let matrix = Matrix { plan: plan.name.clone(), hash: plan.hash(), shard: shard.to_string() };
+        if dir.exists() && !dir.is_dir() {
+            return Err(Error::usage(format!(
+                "--out {}: there is a file of that name, and the records go to a folder",
+                dir.display()
+            )));
+        }
         let file = dir.join(MATRIX);
         if fresh {
             // Only what a matrix makes: the folder may be anybody's.
@@ -126,5 +132,9 @@ mod tests {
         assert!(matches!(open(&other, false, false), Err(Error::Usage(_))));
         assert_eq!(open(&other, false, true).expect("opened").union.records().count(), 1);
         assert_eq!(open(&one, true, false).expect("opened").union.records().count(), 0);
+        let file = folder.path().join("file");
+        std::fs::write(&file, "somebody's").expect("written");
+        assert!(matches!(State::open(&file, &one, Shard::WHOLE, true, false), Err(Error::Usage(_))));
+        assert_eq!(std::fs::read(&file).expect("still there"), b"somebody's");
     }
 }

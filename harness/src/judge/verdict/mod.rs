@@ -154,7 +154,7 @@ impl Judge {
             .defects
             .first()
             .is_some_and(|defect| host.saturating_sub(defect.seen) >= self.limits.no_progress);
-        let unserved = state.unserved.as_ref().is_some_and(|(at, _)| settled(*at));
+        let unserved = state.unserved.first().is_some_and(|first| settled(first.seen));
         if crash || error || corrupt || unserved || self.starved().is_some() {
             return Some(self.conclude(host));
         }

@@ -46,8 +46,8 @@ pub(super) struct State {
     pub(super) bye: bool,
     pub(super) error: Option<(Duration, String)>,
     pub(super) defects: Vec<Defect>,
-    /// The first access that the driver gave up, and when that was seen.
-    pub(super) unserved: Option<(Duration, Unserved)>,
+    /// The accesses that the driver gave up, in the order in which the guest said so.
+    pub(super) unserved: Vec<GivenUp>,
     /// Faults that the drivers of all GPUs have counted, and when they were asked.
     pub(super) driver_faults: Vec<(u64, u64)>,
     pub(super) device: Vec<GpuStats>,
@@ -59,6 +59,15 @@ pub(super) struct State {
     pub(super) summaries: Vec<CpuSummary>,
     pub(super) ended: Option<(Duration, Ended)>,
     pub(super) recovered: Option<Recovered>,
+}
+
+/// An access that the driver gave up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct GivenUp {
+    pub(super) seen: Duration,
+    /// Guest time at which it was given up, nanoseconds.
+    pub(super) guest: u64,
+    pub(super) access: Unserved,
 }
 
 /// The scenario's end.
@@ -146,8 +155,8 @@ impl State {
             Event::Error { message } => {
                 self.error.get_or_insert((self.now.host, message));
             }
-            Event::Unserved(unserved) => {
-                self.unserved.get_or_insert((self.now.host, unserved));
+            Event::Unserved(access) => {
+                self.unserved.push(GivenUp { seen: self.now.host, guest: record.t, access });
             }
             Event::Counters { stats } => {
                 let faults = |gpu: &std::collections::BTreeMap<String, u64>| {

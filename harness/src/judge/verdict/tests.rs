@@ -680,6 +680,44 @@ fn tries_in_vain_are_a_livelock_if_nobody_gets_anywhere() {
 }
 
 #[test]
+fn who_gives_up_first_need_not_be_who_loops() {
+    // Seen with `ref-no-lock`: two faulters a CPU, and one of them never let the other have it.
+    let mut run = given_up(3, 6, 9);
+    run.at(14.2);
+    run.storm(Event::Unserved(Unserved {
+        worker: "faulter-1".into(),
+        call: "HSGPU_ACCESS (read) on GPU 1".into(),
+        page: 2,
+        waited_ns: 10 * S,
+        tries: 2906,
+        mm_faults: 2909,
+        idle_ns: 10 * S,
+    }));
+    run.ended(Ended::PoweredOff);
+    let judgement = run.judge.conclude(Duration::from_secs(20));
+    assert_eq!(judgement.verdict, Verdict::Livelock, "{judgement:#?}");
+    assert!(judgement.reason.starts_with("faulter-1 got no page"), "{}", judgement.reason);
+    assert!(judgement.evidence.iter().any(|evidence| evidence.says.starts_with("faulter-0 gave up first")));
+}
+
+#[test]
+fn an_access_of_later_says_nothing_about_the_first() {
+    let mut run = given_up(3, 6, 9);
+    run.at(40.0);
+    run.storm(Event::Unserved(Unserved {
+        worker: "faulter-1".into(),
+        call: "HSGPU_ACCESS (read) on GPU 1".into(),
+        page: 2,
+        waited_ns: 10 * S,
+        tries: 2906,
+        mm_faults: 2909,
+        idle_ns: 10 * S,
+    }));
+    run.ended(Ended::PoweredOff);
+    assert_eq!(run.verdict(), Some(Verdict::HarnessError));
+}
+
+#[test]
 fn one_call_that_faults_all_the_time_is_a_loop() {
     let mut run = given_up(1, 100_000, 9);
     run.ended(Ended::PoweredOff);

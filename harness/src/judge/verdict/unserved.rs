@@ -4,7 +4,9 @@
 
 use std::time::Duration;
 
-use super::state::State;
+use hmmstorm_abi::wire::event::Unserved;
+
+use super::state::{GivenUp, State};
 use super::types::{Evidence, Judgement, Limits, Source, Verdict, Weight};
 
 /// Faults a second below which nobody can say that they were made again and again.
@@ -12,7 +14,8 @@ const LEAST_RATE: f64 = 1.0;
 
 /// The judgement, if there is such an access.
 pub(super) fn judge(state: &State, limits: &Limits) -> Option<Judgement> {
-    let (_, access) = state.unserved.as_ref()?;
+    let first = state.unserved.first()?;
+    let access = busiest(first, &state.unserved);
     let seconds = Duration::from_nanos(access.waited_ns).as_secs_f64();
     let idle = Duration::from_nanos(access.idle_ns);
     let tried = format!(
@@ -20,10 +23,17 @@ pub(super) fn judge(state: &State, limits: &Limits) -> Option<Judgement> {
         access.worker, access.call, access.page, access.tries, access.mm_faults
     );
     let mut evidence = vec![Evidence::new(Source::Storm, Weight::For, tried.clone())];
+    if *access != first.access {
+        let says = format!(
+            "{} gave up first, after {} calls of hmm_range_fault(): another had the CPU",
+            first.access.worker, first.access.tries
+        );
+        evidence.push(Evidence::new(Source::Storm, Weight::Note, says));
+    }
     #[expect(clippy::cast_precision_loss, reason = "a rate for a threshold")]
     let mut rate = access.tries.max(access.mm_faults) as f64 / seconds.max(1e-9);
     if rate < LEAST_RATE {
-        // The one who speaks first need not be the one who has the CPU.
+        // What loops may be an access that has not been given up yet.
         if let Some((faults, time)) = by_anyone(state) {
             #[expect(clippy::cast_precision_loss, reason = "a rate for a threshold")]
             let all = faults as f64 / time.as_secs_f64().max(1e-9);
@@ -68,6 +78,15 @@ pub(super) fn judge(state: &State, limits: &Limits) -> Option<Judgement> {
         recovered: None,
         also: Vec::new(),
     })
+}
+
+/// Of the accesses that were being tried when the first one was given up, the one that was tried most often: without
+/// forced preemption, the one who speaks first may never have had the CPU.
+fn busiest<'a>(first: &'a GivenUp, all: &'a [GivenUp]) -> &'a Unserved {
+    let meanwhile = all.iter().filter(|one| one.guest.saturating_sub(one.access.waited_ns) <= first.guest);
+    let tries = |one: &&GivenUp| one.access.tries.max(one.access.mm_faults);
+    // `max_by_key()` takes the last of equals; the guest's first word is the one to keep.
+    &meanwhile.rev().max_by_key(tries).unwrap_or(first).access
 }
 
 /// Faults that all drivers counted between the last two times that they were asked: when nothing had completed for a while,
