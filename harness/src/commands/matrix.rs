@@ -35,6 +35,9 @@ pub struct Args {
     /// Folder for records and logs; what is in it already is not run again [default: target/matrix/NAME]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
+    /// Do only this group of the plan; may be given several times. What is summed up is all that the folder has
+    #[arg(long, value_name = "NAME", conflicts_with = "merge")]
+    group: Vec<String>,
     /// Do only a part: i of n, to be merged later
     #[arg(long, value_name = "I/N", default_value_t = Shard::WHOLE)]
     shard: Shard,
@@ -63,7 +66,8 @@ pub fn run(args: Args, ctx: &Context) -> Result<Outcome, Error> {
     for own in own(&args)? {
         plan.add(&own, &reference).map_err(Error::usage)?;
     }
-    let cells = expand(&plan, &ctx.repo.join("storm/scenarios"), &reference).map_err(usage)?;
+    let part = plan.only(&args.group).map_err(Error::usage)?;
+    let cells = expand(&part, &ctx.repo.join("storm/scenarios"), &reference).map_err(usage)?;
     if args.dry_run {
         print!("{}", show::plan(&plan, &cells, args.shard));
         return Ok(Outcome::Pass);

@@ -271,6 +271,21 @@ impl Plan {
         }
     }
 
+    /// The part of it that has only these groups; all of it if there are none.
+    ///
+    /// # Errors
+    /// A name that no group has.
+    pub fn only(&self, groups: &[String]) -> Result<Self, String> {
+        let has = |name: &String| self.groups.iter().any(|group| group.name == *name);
+        if let Some(name) = groups.iter().find(|name| !has(name)) {
+            let known: Vec<_> = self.groups.iter().map(|group| group.name.as_str()).collect();
+            return Err(format!("plan {} has no group '{name}'; it has: {}", self.name, known.join(", ")));
+        }
+        let mut part = self.clone();
+        part.groups.retain(|group| groups.is_empty() || groups.contains(&group.name));
+        Ok(part)
+    }
+
     fn parse(text: &str) -> Result<Self, String> {
         let plan: Self = toml::from_str(text).map_err(|error| error.to_string())?;
         if plan.format != FORMAT {
@@ -350,6 +365,18 @@ pub(super) mod tests {
         assert!(own("{ name = 'mine' }").expect_err("no patch").contains("needs a patch"));
         assert!(own("['trylock', 'wait-on-locked', { patch = ['a', 'b'], on = 'entry-wait' }]").is_ok());
         assert!(own("{ pach = 'a' }").is_err());
+    }
+
+    #[test]
+    fn a_part_has_the_groups_that_it_names() {
+        let repo = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let whole = Plan::load(&repo.join("ci/plans/small.toml")).expect("a plan");
+        let names = |plan: &Plan| plan.groups.iter().map(|group| group.name.clone()).collect::<Vec<_>>();
+        assert_eq!(names(&whole.only(&[]).expect("all")), names(&whole));
+        let part = whole.only(&["hog".to_owned(), "bug".to_owned()]).expect("a part");
+        assert_eq!(names(&part), ["bug", "hog"]);
+        let error = whole.only(&["hogs".to_owned()]).expect_err("no such group");
+        assert!(error.contains("no group 'hogs'") && error.contains("cure"), "{error}");
     }
 
     #[test]
