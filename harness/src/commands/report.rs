@@ -8,7 +8,7 @@ use crate::build::{BuildError, Pins};
 use crate::cli::{Context, Error, Outcome};
 use crate::matrix::{CellSpec, Plan, Shard, expand};
 use crate::report::input::{self, Input};
-use crate::report::{Counted, Format, Report};
+use crate::report::{self, Counted, Format, Report};
 
 /// Options of `hmmstorm report`.
 #[derive(Debug, clap::Args)]
@@ -22,6 +22,9 @@ pub struct Args {
     /// File to write to; `-` is stdout [default: report.html in the folder, or stdout for other formats]
     #[arg(long, short, value_name = "FILE")]
     out: Option<PathBuf>,
+    /// Write nothing but the tables of this Markdown file, which says in comments what runs they are of (docs/report.md)
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["format", "out", "plan", "base"])]
+    fill: Option<PathBuf>,
     /// Plan that the runs were made by, to say what is missing of it [default: the matrix's own]
     #[arg(long, value_name = "PLAN.toml")]
     plan: Option<PathBuf>,
@@ -49,6 +52,9 @@ pub fn run(args: Args, ctx: &Context) -> Result<Outcome, Error> {
     for conflict in &input.conflicts {
         ctx.note(conflict);
     }
+    if let Some(file) = &args.fill {
+        return fill(file, &input, ctx);
+    }
     let report =
         Report::new(input, &plan, list::variants(&ctx.repo).unwrap_or_default(), args.base.as_deref());
     let text = report.render(format)?;
@@ -66,6 +72,23 @@ pub fn run(args: Args, ctx: &Context) -> Result<Outcome, Error> {
             Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {}
             result => result?,
         },
+    }
+    Ok(Outcome::Pass)
+}
+
+/// `--fill`.
+fn fill(file: &Path, input: &Input, ctx: &Context) -> Result<Outcome, Error> {
+    let text = std::fs::read_to_string(file)
+        .map_err(|error| Error::usage(format!("cannot read {}: {error}", file.display())))?;
+    let variants: Vec<String> =
+        list::variants(&ctx.repo).unwrap_or_default().into_iter().map(|(name, _)| name).collect();
+    let filled = report::fill::fill(&text, &input.runs, &variants)
+        .map_err(|error| Error::usage(format!("{}: {error}", file.display())))?;
+    if filled == text {
+        ctx.note(format_args!("{} is as its runs say", file.display()));
+    } else {
+        write(file, &filled)?;
+        ctx.note(format_args!("{}: tables of {}", file.display(), Counted(input.runs.len(), "run")));
     }
     Ok(Outcome::Pass)
 }

@@ -5,6 +5,7 @@
 
 pub mod cells;
 pub mod compare;
+pub mod fill;
 pub mod findings;
 pub mod input;
 pub mod planned;

@@ -18,8 +18,13 @@ use crate::vm::{self, End, Machine, Occurrence};
 const TICK: Duration = Duration::from_millis(100);
 /// The same where guest time may run far ahead of the host's.
 const DETERMINISTIC_TICK: Duration = Duration::from_millis(20);
-/// The same once a deterministic guest is stuck: it ends itself within a second of the host's time.
+/// The same once a deterministic guest is stuck: most end themselves within a second of the host's time.
 const LAST_LOOKS: Duration = Duration::from_millis(4);
+/// So many of these.
+const FEW_LOOKS: usize = 500;
+/// Part of the host's time that summing up the samples may take. It takes all of them each time, and a hang may last for
+/// minutes.
+const SUMMING_UP: u32 = 20;
 /// Host time without progress after which CPUs are sampled.
 const SUSPICION: Duration = Duration::from_millis(700);
 /// Host time that QMP or the control socket may fail before the bench gives up: a machine that is ending fails there first.
@@ -86,6 +91,9 @@ pub(super) struct Watcher<'a> {
     chaos_at_start: Option<Chaos>,
     scanner: Scanner,
     console_grew: bool,
+    /// When the judge is to be told of the samples again, and whether there are some that it was not told of.
+    next_summary: Duration,
+    unsummarised: bool,
     device: Vec<GpuStats>,
     driver: Vec<BTreeMap<String, u64>>,
     measured: Option<Measured>,
@@ -112,6 +120,8 @@ impl<'a> Watcher<'a> {
             chaos_at_start: None,
             scanner: Scanner::new(),
             console_grew: false,
+            next_summary: Duration::ZERO,
+            unsummarised: false,
             device: Vec::new(),
             driver: Vec::new(),
             measured: None,
@@ -227,8 +237,12 @@ impl<'a> Watcher<'a> {
             let mut probe = QmpProbe { qmp: machine.qmp(), scratch };
             match self.sampler.sample(now, &mut probe) {
                 Ok(()) => {
-                    let summaries = self.sampler.summaries(self.judge.stalled_since(), &TreeRules::default());
-                    self.judge.observe(started.elapsed(), Observation::Samples(summaries));
+                    self.unsummarised = true;
+                    if started.elapsed() >= self.next_summary {
+                        let begun = Instant::now();
+                        self.summarise(now);
+                        self.next_summary = started.elapsed() + begun.elapsed() * SUMMING_UP;
+                    }
                 }
                 Err(error) => trouble = Some(error.to_string()),
             }
@@ -246,7 +260,8 @@ impl<'a> Watcher<'a> {
         match (self.deterministic, self.suspicious(now)) {
             (false, _) => TICK,
             (true, false) => DETERMINISTIC_TICK,
-            (true, true) => LAST_LOOKS,
+            (true, true) if self.sampler.samples(0).count() < FEW_LOOKS => LAST_LOOKS,
+            (true, true) => TICK,
         }
     }
 
@@ -263,6 +278,14 @@ impl<'a> Watcher<'a> {
             return self.judge.findings().any(stuck) || stalled >= self.judge.limits().detectors * 2;
         }
         self.profiling || now.saturating_sub(self.judge.stalled_since()) >= SUSPICION
+    }
+
+    /// Tells the judge what the CPUs were seen doing since the last completion.
+    fn summarise(&mut self, at: Duration) {
+        if std::mem::take(&mut self.unsummarised) {
+            let summaries = self.sampler.summaries(self.judge.stalled_since(), &TreeRules::default());
+            self.judge.observe(at, Observation::Samples(summaries));
+        }
     }
 
     fn referee(&mut self, machine: &mut Machine, at: Duration) -> Result<(), String> {
@@ -290,6 +313,7 @@ impl<'a> Watcher<'a> {
         self.scanner.finish();
         self.console_grew = true;
         self.hand_over(at);
+        self.summarise(at);
         if let (Ended::PoweredOff, Phase::Booting | Phase::Binding, Some(garbled)) =
             (&ended, self.judge.phase(), &self.garbled)
         {

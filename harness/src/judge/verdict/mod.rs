@@ -139,10 +139,19 @@ impl Judge {
         }
         if self.limits.guest_time_only && !self.out_of_time(host) {
             // A deterministic guest ends itself, at an instant of its own choosing: ending it earlier would cut its log
-            // wherever the host happened to be. One whose CPUs sleep for ever will not.
+            // wherever the host happened to be. One whose CPUs sleep for ever will not, nor one that spins where every
+            // detector is content or without a CPU: under SCHED_FIFO, with forced preemption.
+            let patience =
+                |stuck: &stuck::Stuck| self.limits.detectors * if stuck.is_livelock() { 10 } else { 3 };
             let stuck = stuck::examine(state, &self.limits, host).filter(stuck::Stuck::is_certain);
-            let endless = stuck
-                .filter(|stuck| !stuck.is_livelock() && state.guest_stall() >= self.limits.detectors * 3);
+            let endless = stuck.filter(|stuck| state.guest_stall() >= patience(stuck));
+            // A storm that lost an access ends as soon as its workers do, each of which may be as far from its own end.
+            let since = |access: &state::GivenUp| state.now.guest.saturating_sub(access.guest);
+            let lingers =
+                |access: &state::GivenUp| Duration::from_nanos(since(access)) >= self.limits.detectors * 5;
+            if state.unserved.first().is_some_and(lingers) {
+                return Some(self.conclude(host));
+            }
             return endless.map(|stuck| self.finish(stuck.into_judgement()));
         }
         let settled = |since: Duration| host.saturating_sub(since) >= SETTLE;

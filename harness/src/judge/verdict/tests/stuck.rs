@@ -279,6 +279,15 @@ fn a_deterministic_guest_is_not_cut_short_unless_it_sleeps_for_ever() {
     run.at(46.0).beat();
     assert_eq!(run.verdict(), Some(Verdict::Deadlock));
 
+    // No watchdog barks at a SCHED_FIFO task that is preempted now and then, and loops on.
+    let patient = Limits { guest_time_only: true, hard_stop: Duration::from_secs(1000), ..limits() };
+    let mut run = Run::new(patient);
+    run.stall().samples(&livelocked_cpus()).workqueue_lockup(1);
+    run.at(100.0).beat();
+    assert_eq!(run.decide(), None);
+    run.at(151.0).beat();
+    assert_eq!(run.decide().map(|judgement| judgement.verdict), Some(Verdict::Livelock));
+
     let mut run = Run::new(Limits { guest_time_only: true, ..limits() });
     run.at(3.0).console(&["BUG: Bad page state in process storm  pfn:0fcf1"]);
     run.at(7.0).work(5);

@@ -20,7 +20,11 @@ fn starvation() {
 
 /// An access that was begun at 4 s and given up at 14 s, for `idle` seconds of which nobody completed anything.
 fn given_up(tries: u64, mm_faults: u64, idle: u64) -> Run {
-    let mut run = Run::new(limits());
+    given_up_by(limits(), tries, mm_faults, idle)
+}
+
+fn given_up_by(limits: Limits, tries: u64, mm_faults: u64, idle: u64) -> Run {
+    let mut run = Run::new(limits);
     run.at(3.0).work(10).device(10, 0);
     run.at(14.0).beat();
     run.storm(Event::Unserved(Unserved {
@@ -48,6 +52,16 @@ fn tries_in_vain_are_a_livelock_if_nobody_gets_anywhere() {
     // However the run then ends, and what it did afterwards.
     run.work(10).ended(Ended::PoweredOff);
     assert_eq!(run.verdict(), Some(Verdict::Livelock));
+}
+
+#[test]
+fn a_deterministic_guest_need_not_wait_for_the_others_to_give_up() {
+    let patient = Limits { guest_time_only: true, hard_stop: Duration::from_secs(1000), ..limits() };
+    let mut run = given_up_by(patient, 5000, 5000, 9);
+    run.at(70.0).beat();
+    assert_eq!(run.decide(), None, "its workers may end yet");
+    run.at(90.0).beat();
+    assert_eq!(run.decide().map(|judgement| judgement.verdict), Some(Verdict::Livelock));
 }
 
 #[test]
