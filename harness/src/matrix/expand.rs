@@ -39,8 +39,10 @@ pub struct CellSpec {
     pub cpus: u32,
     /// Mode.
     pub mode: Mode,
-    /// Parameters that the plan sets.
+    /// Parameters that the plan sets, in its own words.
     pub parameters: BTreeMap<String, String>,
+    /// What the guest is told of them: one that is given its default makes no other run.
+    told: BTreeMap<String, String>,
     /// GPUs.
     pub gpus: Option<u32>,
     /// Guest memory.
@@ -139,6 +141,7 @@ impl CellSpec {
     fn same_runs(&self, other: &Self) -> bool {
         let strip = |cell: &Self| Self {
             group: String::new(),
+            parameters: BTreeMap::new(),
             expected: Vec::new(),
             first_seed: 0,
             seeds: 0,
@@ -226,7 +229,7 @@ fn candidates(group: &Group, folder: &Path, scenarios: &Path, kernel: &str) -> R
         let parameters: Vec<(String, String)> = values
             .map(|((name, values), &index)| (name.clone(), values.as_slice()[index].to_string()))
             .collect();
-        definition.parameters(control, &parameters).map_err(|error| error.to_string())?;
+        let told = definition.parameters(control, &parameters).map_err(|error| error.to_string())?;
         let variant = &group.variant.as_slice()[variant];
         let own = match variant {
             Candidate::Listed(_) => None,
@@ -248,6 +251,7 @@ fn candidates(group: &Group, folder: &Path, scenarios: &Path, kernel: &str) -> R
             cpus: group.cpus.as_slice()[cpus],
             mode: group.mode.as_slice()[mode],
             parameters: parameters.into_iter().collect(),
+            told,
             gpus: group.gpus,
             memory: group.memory,
             vram: group.vram,
@@ -379,6 +383,8 @@ mod tests {
         let all = cells(&two).expect("cells");
         assert_eq!(all.len(), 16);
         assert_eq!(all.iter().map(|cell| cell.seeds).sum::<u64>(), 8 * 3 + 8 * 9);
+        let spelt = two.replacen("parameters = { rounds = 5,", "parameters = { rounds = '05', lead = 4,", 1);
+        assert_eq!(cells(&spelt).expect("cells").len(), 16, "the same runs in other words");
         let contradiction = two.replacen("verdict = 'livelock'", "verdict = 'deadlock'", 1);
         let error = cells(&contradiction).expect_err("a contradiction").to_string();
         assert!(error.contains("expects something else"), "{error}");

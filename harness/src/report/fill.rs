@@ -60,6 +60,8 @@ enum Show {
     Verdicts,
     /// How many runs finished.
     Finished,
+    /// Guest time from the scenario's beginning to its end, seconds.
+    Took,
     /// Tries beyond the first a resolved fault.
     Retries,
     /// Faults resolved in a second of guest time.
@@ -213,6 +215,10 @@ impl Show {
         match self {
             Self::Verdicts => verdicts(runs),
             Self::Finished => Some(finished().count()).filter(|&n| n > 0).map(|n| n.to_string()),
+            Self::Took => {
+                let took = finished().filter_map(|record| record.measures.observed_ms);
+                spread(took.map(|took| ms(took * 1_000_000) / 1e3), 1).map(|text| format!("{text} s"))
+            }
             Self::Retries => spread(
                 finished().map(|record| &record.measures).filter(|m| m.resolved > 0).map(|m| {
                     #[expect(clippy::cast_precision_loss, reason = "counts of faults are far below 2^52")]
