@@ -79,7 +79,7 @@ impl LockHog {
         let range = Range::stamped(mapping.map_err(WorkError::system("mmap of the range"))?, context.seed, 0);
         let gpu = Gpu::open(HOLDER)?;
         let before = gpu.stats()?.huge_to_system;
-        self.to_device(&range, 0..self.pages, &gpu, slot)?;
+        self.put_on_device(&range, 0..self.pages, &gpu, slot)?;
         self.shape.run(
             context,
             "waiter",
@@ -98,7 +98,7 @@ impl LockHog {
     }
 
     /// Moves `pages` to the GPU; with a huge folio, all of it, as it is.
-    fn to_device(
+    fn put_on_device(
         &self,
         range: &Range,
         pages: std::ops::Range<usize>,
@@ -146,7 +146,7 @@ impl LockHog {
             } else {
                 range.check_by_gpu(page, &other, &buffer, Owner::Own, member.slot)?;
             }
-            self.to_device(range, page..page + 1, &here, member.slot)?;
+            self.put_on_device(range, page..page + 1, &here, member.slot)?;
         }
         Ok(())
     }

@@ -16,7 +16,7 @@ fn stamp(case: &Case<'_>, page: usize) -> Stamp {
 }
 
 /// A populated huge page.
-fn huge(case: &Case<'_>) -> Result<Vma, WorkError> {
+pub(super) fn huge(case: &Case<'_>) -> Result<Vma, WorkError> {
     let vma = Vma::huge(1).map_err(WorkError::system("mmap of a huge page"))?;
     for page in 0..HUGE {
         stamp(case, page).write(vma.page(page));
@@ -70,7 +70,7 @@ pub(super) fn bind(case: &Case<'_>) -> Result<(), WorkError> {
 }
 
 /// Every page holds its stamp.
-fn check(case: &Case<'_>, vma: &Vma) -> Result<(), WorkError> {
+pub(super) fn check(case: &Case<'_>, vma: &Vma) -> Result<(), WorkError> {
     (0..vma.pages()).try_for_each(|page| {
         stamp(case, page).check(vma.page(page)).map_err(WorkError::seen("read by the CPU"))
     })

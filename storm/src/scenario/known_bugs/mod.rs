@@ -24,7 +24,7 @@ struct Case<'a> {
 type Steps = fn(&Case<'_>) -> Result<(), WorkError>;
 
 /// The bugs by name, in the order of docs/known-bugs.md.
-const BUGS: [(&str, Steps); 11] = [
+const BUGS: [(&str, Steps); 12] = [
     ("zap-private-file", small::zap_private_file),
     ("close-use-after-free", small::close_use_after_free),
     ("spurious-dirty", small::spurious_dirty),
@@ -33,6 +33,7 @@ const BUGS: [(&str, Steps); 11] = [
     ("write-protection-lost", huge::write_protection_lost),
     ("pagemap-warning", huge::pagemap),
     ("anon-count-leak", huge::anon_count_leak),
+    ("zap-migration-entry", races::zap_migration_entry),
     ("free-race", races::free),
     ("pageout-race", races::pageout),
     ("split-order", races::split_order),
