@@ -18,7 +18,20 @@ fn starvation() {
     assert!(judgement.reason.contains("migrator"), "{}", judgement.reason);
 }
 
-/// An access that was begun at 4 s and given up at 14 s, for `idle` seconds of which nobody completed anything.
+/// An access that `worker` gave up after 10 s, for `idle` seconds of which nobody completed anything.
+fn access(worker: &str, tries: u64, mm_faults: u64, idle: u64) -> Event {
+    Event::Unserved(Unserved {
+        worker: worker.into(),
+        call: "HSGPU_ACCESS (read) on GPU 1".into(),
+        page: 2,
+        waited_ns: 10 * S,
+        tries,
+        mm_faults,
+        idle_ns: idle * S,
+    })
+}
+
+/// A run in which an access was begun at 4 s and given up at 14 s.
 fn given_up(tries: u64, mm_faults: u64, idle: u64) -> Run {
     given_up_by(limits(), tries, mm_faults, idle)
 }
@@ -27,15 +40,7 @@ fn given_up_by(limits: Limits, tries: u64, mm_faults: u64, idle: u64) -> Run {
     let mut run = Run::new(limits);
     run.at(3.0).work(10).device(10, 0);
     run.at(14.0).beat();
-    run.storm(Event::Unserved(Unserved {
-        worker: "faulter-0".into(),
-        call: "HSGPU_ACCESS (read) on GPU 1".into(),
-        page: 2,
-        waited_ns: 10 * S,
-        tries,
-        mm_faults,
-        idle_ns: idle * S,
-    }));
+    run.storm(access("faulter-0", tries, mm_faults, idle));
     run
 }
 
@@ -69,15 +74,7 @@ fn who_gives_up_first_need_not_be_who_loops() {
     // Seen with `ref-no-lock`: two faulters a CPU, and one of them never let the other have it.
     let mut run = given_up(3, 6, 9);
     run.at(14.2);
-    run.storm(Event::Unserved(Unserved {
-        worker: "faulter-1".into(),
-        call: "HSGPU_ACCESS (read) on GPU 1".into(),
-        page: 2,
-        waited_ns: 10 * S,
-        tries: 2906,
-        mm_faults: 2909,
-        idle_ns: 10 * S,
-    }));
+    run.storm(access("faulter-1", 2906, 2909, 10));
     run.ended(Ended::PoweredOff);
     let judgement = run.judge.conclude(Duration::from_secs(20));
     assert_eq!(judgement.verdict, Verdict::Livelock, "{judgement:#?}");
@@ -89,15 +86,7 @@ fn who_gives_up_first_need_not_be_who_loops() {
 fn an_access_of_later_says_nothing_about_the_first() {
     let mut run = given_up(3, 6, 9);
     run.at(40.0);
-    run.storm(Event::Unserved(Unserved {
-        worker: "faulter-1".into(),
-        call: "HSGPU_ACCESS (read) on GPU 1".into(),
-        page: 2,
-        waited_ns: 10 * S,
-        tries: 2906,
-        mm_faults: 2909,
-        idle_ns: 10 * S,
-    }));
+    run.storm(access("faulter-1", 2906, 2909, 10));
     run.ended(Ended::PoweredOff);
     assert_eq!(run.verdict(), Some(Verdict::HarnessError));
 }
