@@ -197,6 +197,15 @@ fn a_device_that_is_pulled_out_leaves_errors_and_no_driver_behind() {
     ending("surprise", "dead_after=80");
 }
 
+/// The CPU reaches coherent memory without a fault, so all of it has to go before anybody reads all ones there.
+#[test]
+fn what_was_in_its_coherent_memory_is_an_error_too() {
+    let coherent = ["--param", "memory=coherent", "--append", "hsgpu.coherent_mib=4"];
+    let surprise = ["--param", "ending=surprise", "--param", "rounds=1", "--chaos", "dead_after=80"];
+    let run = ["gpu-endings", "--cpus", "2"].into_iter().chain(surprise).chain(coherent);
+    expect(&Storm::run("gpu-endings-coherent", run), "pass", 0);
+}
+
 #[test]
 fn poisoned_pages_are_errors_and_no_others() {
     ending("poison", "poison_first=128,poison_pages=4");

@@ -195,7 +195,9 @@ const SCENARIOS: &[(&str, Build)] = &[
     (include_str!("../../scenarios/exclusive-atomics.toml"), |p, m| {
         Ok(Box::new(exclusive_atomics::ExclusiveAtomics::new(p, m)))
     }),
-    (include_str!("../../scenarios/gpu-endings.toml"), |p, _| Ok(Box::new(gpu_endings::GpuEndings::new(p)))),
+    (include_str!("../../scenarios/gpu-endings.toml"), |p, m| {
+        Ok(Box::new(gpu_endings::GpuEndings::new(p, m)))
+    }),
     (include_str!("../../scenarios/fault-storm.toml"), |p, m| {
         Ok(Box::new(fault_storm::FaultStorm::new(p, m)))
     }),

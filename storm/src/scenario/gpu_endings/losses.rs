@@ -135,6 +135,11 @@ impl GpuEndings {
                 "{found:?}, though half of the pages were in the memory of a device that is gone"
             ));
         }
+        // No job takes pages out of coherent memory: the GPU reaches them where they are.
+        let half = self.look(&memory, 0..self.pages / 2, tag)?;
+        if self.coherent.is_some() && half.good != 0 {
+            return lost(format!("{half:?} of the pages in coherent memory of a device that is gone"));
+        }
         self.dies_of(&memory, tag)
     }
 

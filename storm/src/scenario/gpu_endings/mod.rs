@@ -3,6 +3,7 @@
 mod losses;
 
 use std::fs;
+use std::ops::Deref;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::time::Duration;
@@ -15,7 +16,8 @@ use rustix::process::{Signal, WaitOptions, kill_process, waitpid};
 use super::definition::Parameters;
 use super::{Context, Stopped, WorkError, Workload};
 use crate::clock::poll;
-use crate::gpu::{Gpu, GpuError, Running};
+use crate::gpu::{Gpu, GpuError, Running, coherent_node};
+use crate::machine::Machine;
 use crate::sys::memory::Mapping;
 use crate::sys::process::fork;
 
@@ -36,6 +38,24 @@ pub(crate) struct GpuEndings {
     rounds: u64,
     pages: usize,
     jobs: usize,
+    /// Node of the coherent memory that the pages go to, in place of the GPU's private memory.
+    coherent: Option<usize>,
+}
+
+/// Memory with contents.
+#[derive(Debug)]
+struct Memory {
+    mapping: Mapping,
+    /// Whose memory a part of it is in, where that is another node than the one under test.
+    _holder: Option<Gpu>,
+}
+
+impl Deref for Memory {
+    type Target = Mapping;
+
+    fn deref(&self) -> &Mapping {
+        &self.mapping
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,7 +87,7 @@ impl Ending {
 
 impl GpuEndings {
     /// From its parameters.
-    pub(crate) fn new(parameters: &Parameters) -> Self {
+    pub(crate) fn new(parameters: &Parameters, machine: Machine) -> Self {
         let wanted = parameters.choice("ending");
         let endings = match wanted {
             "all" => &Ending::EACH[..Ending::OF_ALL],
@@ -83,6 +103,7 @@ impl GpuEndings {
             rounds: parameters.integer("rounds"),
             pages: parameters.integer("pages") as usize,
             jobs: parameters.integer("jobs") as usize,
+            coherent: (parameters.choice("memory") == "coherent").then(|| coherent_node(GPU, machine.gpus)),
         }
     }
 
@@ -118,7 +139,7 @@ impl GpuEndings {
     }
 
     /// Memory with contents, half of it on the GPU.
-    fn memory(&self, gpu: &Gpu, tag: u64) -> Result<Mapping, WorkError> {
+    fn memory(&self, gpu: &Gpu, tag: u64) -> Result<Memory, WorkError> {
         let memory: Mapping = Mapping::private(self.pages).map_err(WorkError::system("mmap"))?;
         for page in 0..self.pages {
             for (i, cell) in memory.page(page).iter().enumerate() {
@@ -126,8 +147,9 @@ impl GpuEndings {
             }
         }
         let half = memory.span(0..self.pages / 2).ok_or_else(|| WorkError::Condition("no pages".into()))?;
-        gpu.migrate_here(half, SELECT_SYSTEM)?;
-        Ok(memory)
+        let holder = self.coherent.map(Gpu::open).transpose()?;
+        holder.as_ref().unwrap_or(gpu).migrate_here(half, SELECT_SYSTEM)?;
+        Ok(Memory { mapping: memory, _holder: holder })
     }
 
     /// Whether the CPU finds everything as it was.
