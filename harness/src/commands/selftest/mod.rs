@@ -159,7 +159,9 @@ fn examine(
         Ok(record) => case.compare(record),
         Err(why) => vec![format!("no record: {why}; {}", log.display())],
     };
-    if status.code() != Some(0) && wrong.is_empty() {
+    // `--expect` names one verdict; one of the others that will do is unexpected to the command.
+    let right = i32::from(verdict != Some(case.expect));
+    if status.code() != Some(right) && wrong.is_empty() {
         wrong.push(format!("the verdict is right, but the command ended with {status}"));
     }
     Ok(Result {
